@@ -1,0 +1,118 @@
+"""Checkpoints: folders of safetensors and YAML that are whole or absent.
+
+A checkpoint is written beside its place under a hidden name, flushed to disk, and renamed. A process killed at any
+moment leaves the earlier checkpoint, which readers find even if it was killed between the two renames of `write`.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import yaml
+from safetensors import SafetensorError
+from torch import Tensor
+
+from diffusion.errors import UserError
+
+
+def write(folder: str | Path, description: Mapping, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write `description` as checkpoint.yaml and each entry of `tensors` as NAME.safetensors into `folder`.
+
+    Raises:
+        UserError: nothing could be written (a full disk, say); an earlier checkpoint of that name is untouched.
+    """
+    folder = Path(folder)
+    fresh, earlier = folder.with_name(f".{folder.name}.new"), _earlier(folder)
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        for name, entries in tensors.items():
+            # Bytes first: a failed write then is an OSError of ours, with its errno.
+            plain = {key: value.detach().cpu().contiguous().clone() for key, value in entries.items()}
+            _flush(fresh / f"{name}.safetensors", safetensors.torch.save(plain))
+        _flush(fresh / "checkpoint.yaml", yaml.safe_dump(dict(description), sort_keys=False).encode())
+        shutil.rmtree(earlier, ignore_errors=True)
+        if folder.exists():
+            folder.rename(earlier)
+        fresh.rename(folder)
+        shutil.rmtree(earlier, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise UserError(f"cannot save checkpoint {folder}: {error.strerror}; earlier checkpoints are kept") from error
+
+
+def _flush(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _earlier(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def exists(folder: str | Path) -> bool:
+    """Whether `folder` is a checkpoint that was written to the end."""
+    folder = Path(folder)
+    return any((place / "checkpoint.yaml").is_file() for place in (folder, _earlier(folder)))
+
+
+def read_description(folder: str | Path) -> dict:
+    """The contents of checkpoint.yaml.
+
+    Raises:
+        UserError: there is no checkpoint, or its YAML is damaged.
+    """
+    path = _resolve(folder) / "checkpoint.yaml"
+    try:
+        description = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"checkpoint file {path} is damaged ({type(error).__name__}); use another checkpoint") from error
+    if not isinstance(description, dict):
+        raise UserError(f"checkpoint file {path} is damaged (no mapping inside); use another checkpoint")
+    return description
+
+
+def read_tensors(folder: str | Path, name: str) -> dict[str, Tensor]:
+    """The tensors of NAME.safetensors, on the CPU.
+
+    Raises:
+        UserError: the file is missing, truncated or not safetensors.
+    """
+    path = _resolve(folder) / f"{name}.safetensors"
+    if not path.is_file():
+        raise UserError(f"checkpoint {folder} has no file {path.name}; expected one written by train.py")
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"checkpoint file {path} is damaged or truncated ({error}); use another checkpoint") from error
+
+
+def _resolve(folder: str | Path) -> Path:
+    folder = Path(folder)
+    for place in (folder, _earlier(folder)):
+        if (place / "checkpoint.yaml").is_file():
+            return place
+    if (folder / "checkpoints" / "last").is_dir():
+        raise UserError(f"{folder} is a run, not a checkpoint; use {folder / 'checkpoints' / 'last'}")
+    raise UserError(f"no checkpoint at {folder}: expected a folder with checkpoint.yaml, such as outputs/.../checkpoints/last")
+
+
+def load_weights(module, weights: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Copy `weights` into `module`.
+
+    Raises:
+        UserError: they belong to another architecture; the message names the first difference.
+    """
+    own = module.state_dict()
+    for key in [*own, *weights]:
+        have, want = (tuple(d[key].shape) if key in d else "nothing" for d in (weights, own))
+        if have != want:
+            raise UserError(
+                f"checkpoint {folder} is of another architecture: it holds {have} for {key}, this model {want}; "
+                "use the model options that it was trained with"
+            )
+    module.load_state_dict(dict(weights))

@@ -1,0 +1,143 @@
+"""Base laws: how the noise z of an affine field x_t = alpha_t x0 + sigma_t z is distributed."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from diffusion.errors import UserError
+from diffusion.specs import recorded
+
+
+class Law(ABC):
+    """A centred law of z. A law of one's own needs `draw` and `log_prob`; `noise_level` if its tails are heavy.
+
+    Attributes:
+        std: standard deviation per coordinate, infinite where there is none.
+        dim: number of coordinates where the law is tied to one, otherwise None.
+    """
+
+    std: float = 1.0
+    dim: int | None = None
+
+    @abstractmethod
+    def draw(
+        self,
+        size: Sequence[int],
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Independent draws, of shape `size` = (B, *shape)."""
+
+    @abstractmethod
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density (B,) of `z` (B, *shape), in nats."""
+
+    def noise_level(self, power: Tensor, sigma: Tensor, dim: int) -> Tensor:
+        """The scale of the noise in x = signal + sigma z, per coordinate, as far as x reveals it.
+
+        Args:
+            power: estimate of |sigma z|^2 / dim from x, (B,); it may be negative.
+            sigma: scale of the noise, (B,).
+            dim: number of coordinates.
+
+        Where z has a variance and independent coordinates, x says nothing that sigma does not: the level is sigma std.
+        """
+        return sigma * self.std
+
+    def _check(self, size: Sequence[int]) -> None:
+        if self.dim is not None and math.prod(size[1:]) != self.dim:
+            raise UserError(
+                f"points of shape {tuple(size[1:])} have {math.prod(size[1:])} coordinates, but this field was built "
+                f"for dim={self.dim}; give the field the number of data coordinates"
+            )
+
+
+def _place(generator: torch.Generator | None, device: torch.device | str | None) -> torch.device | str | None:
+    """Draws are made where their generator lives, unless told otherwise."""
+    return generator.device if device is None and generator is not None else device
+
+
+@recorded
+class Gaussian(Law):
+    """z ~ N(0, I)."""
+
+    def __init__(self, dim: int | None = None):
+        self.dim = dim
+
+    def draw(self, size, generator=None, dtype=None, device=None):
+        self._check(size)
+        return torch.randn(size, generator=generator, dtype=dtype, device=_place(generator, device))
+
+    def log_prob(self, z):
+        self._check(z.shape)
+        z = z.flatten(1)
+        return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+
+
+@recorded
+class StudentT(Law):
+    """The isotropic Student-t law with `dof` = D degrees of freedom in `dim` = d dimensions.
+
+    z = sqrt(D) eps_x / |eps_D| with eps_x ~ N(0, I_d), eps_D ~ N(0, I_D): a Gaussian whose scale R = sqrt(D) / |eps_D|
+    is drawn anew for each point. This is the perturbation of PFGM++ (Xu et al. 2023, arXiv 2302.04265, sec. 3), with
+    r = sigma sqrt(D). D = 1 is the field of a point mass in d + 1 dimensions, gravity; D -> infinity is Gaussian.
+    """
+
+    def __init__(self, dof: float, dim: int):
+        if not (dof > 0 and math.isfinite(dof)):
+            raise UserError(f"Student-t law has dof {dof}, expected a positive number; for infinity use Gaussian()")
+        if dim < 1:
+            raise UserError(f"Student-t law has dim {dim}, expected the number of data coordinates, at least 1")
+        self.dof, self.dim = float(dof), int(dim)
+        self.std = math.sqrt(dof / (dof - 2)) if dof > 2 else math.inf
+
+    def draw(self, size, generator=None, dtype=None, device=None):
+        self._check(size)
+        options = {"dtype": dtype, "device": _place(generator, device)}
+        eps = torch.randn(size, generator=generator, **options)
+        half = torch.full((size[0], *[1] * (len(size) - 1)), self.dof / 2, **options)
+        chi2 = 2 * torch._standard_gamma(half, generator=generator)
+        # In single precision chi2 can underflow to 0 for D < 1; the smallest normal number keeps z finite.
+        return eps * (self.dof / chi2.clamp_min(torch.finfo(eps.dtype).tiny)).sqrt()
+
+    def log_prob(self, z):
+        self._check(z.shape)
+        d, dof = self.dim, self.dof
+        constant = math.lgamma((dof + d) / 2) - math.lgamma(dof / 2) - 0.5 * d * math.log(dof * math.pi)
+        return constant - 0.5 * (dof + d) * torch.log1p(z.flatten(1).square().sum(1) / dof)
+
+    def noise_level(self, power, sigma, dim):
+        """sigma R, with R read off the radius of x.
+
+        Given |z|, 1/R^2 is Gamma with mean (D + d) / (D + |z|^2), so the radius reveals sigma R to about 1/sqrt(2d).
+        The radius of sigma z is known from x only up to that of the signal, so no level below sigma, the law's own
+        scale, is inferred: s^2 = sigma^2 + max(|sigma z|^2 - d sigma^2, 0) / (D + d).
+        """
+        return (sigma.square() + (power - sigma.square()).clamp_min(0) * (dim / (self.dof + dim))).sqrt()
+
+
+class Product(Law):
+    """Independent coordinates, each with the given one-dimensional law of torch.distributions.
+
+    Args:
+        marginal: a centred scalar distribution with `icdf` and a finite `stddev`, such as Laplace(0., 1.).
+    """
+
+    def __init__(self, marginal: torch.distributions.Distribution):
+        if marginal.batch_shape or marginal.event_shape:
+            raise UserError(f"Product law got a distribution of shape {tuple(marginal.batch_shape)}, expected a scalar")
+        self.marginal, self.std = marginal, float(marginal.stddev)
+        if not math.isfinite(self.std):
+            raise UserError(f"Product law of {type(marginal).__name__} has no variance; write a Law with a noise_level")
+
+    def draw(self, size, generator=None, dtype=None, device=None):
+        uniform = torch.rand(size, generator=generator, dtype=dtype, device=_place(generator, device))
+        half_ulp = torch.finfo(uniform.dtype).eps / 4  # keeps the quantile function off its poles at 0 and 1
+        return self.marginal.icdf(uniform.clamp(half_ulp, 1 - 2 * half_ulp))
+
+    def log_prob(self, z):
+        return self.marginal.log_prob(z).flatten(1).sum(1)

@@ -1,0 +1,197 @@
+"""A generator: a field and the network that has learned it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffusion import checkpoints, specs
+from diffusion.errors import UserError
+from diffusion.fields import AffineField, Gaussian, conversions
+from diffusion.fields.base import expand_time
+from diffusion.samplers import Heun, generate
+from diffusion.samplers.base import Sampler
+
+
+class Coefficients(NamedTuple):
+    """How the network F is wrapped: denoised = centre + skip y + out F(scale y, noise), with y = x - alpha centre."""
+
+    y: Tensor  # (B, *shape)
+    scale: Tensor  # (B, 1, ...)
+    skip: Tensor  # (B, 1, ...)
+    out: Tensor  # (B, 1, ...)
+    noise: Tensor  # (B, 2)
+
+
+class Prediction(NamedTuple):
+    """The network's estimate of the field's target, and the size of the error that it is expected to make."""
+
+    target: Tensor  # (B, *shape)
+    error: Tensor  # (B, 1, ...): losses are measured in this unit
+
+
+class Preconditioner(nn.Module):
+    """Keeps the network's input and output of unit variance, whatever the base law (Karras et al. 2022, table 1, app. B.6).
+
+    EDM's argument: with data of variance std^2 per coordinate about `centre` and noise of scale s in x,
+
+        scale = (alpha^2 std^2 + s^2)^(-1/2)        the network's input has unit variance
+        skip  = alpha std^2 / (alpha^2 std^2 + s^2) the best linear estimate of x0 - centre from y
+        out   = std s (alpha^2 std^2 + s^2)^(-1/2)  the root mean square error of that estimate
+
+    so the network's target (x0 - centre - skip y) / out has unit variance, and a loss in units of `out` weighs every
+    noise level alike. For a Gaussian base s = sigma_t. For a heavy-tailed one the scale of the noise differs from
+    point to point; s is then what x reveals of it (Law.noise_level), from the power of y beyond that of the data. All
+    coefficients are functions of (x, t) alone, so the loss is still least where target = E[x0|x].
+
+    The network is told both s and sigma_t, as log(noise / signal) / 4, limited softly to 1000 and 1/1000 so that
+    sigma_T / alpha_T = infinity and the far tails give finite, nearly constant inputs.
+    """
+
+    LIMIT = 1e-3
+
+    def __init__(self, field: AffineField, centre: Tensor, std: float):
+        super().__init__()
+        self.field = field
+        self.register_buffer("centre", centre.to(torch.float32), persistent=True)
+        self.register_buffer("std", torch.tensor(float(std)), persistent=True)
+
+    def forward(self, x: Tensor, t: Tensor | float) -> Coefficients:
+        field, one = self.field, [1] * (x.dim() - 1)
+        t = expand_time(t, x).expand(len(x), *one)
+        alpha, sigma, std = field.alpha(t), field.sigma(t), self.std.to(x.dtype)
+        y = x - alpha * self.centre.to(x.dtype)
+        signal = alpha * std
+        power = y.square().flatten(1).mean(1).view(-1, *one) - signal.square()
+        level = field.base.noise_level(power, sigma, x[0].numel())
+        total = (signal.square() + level.square()).rsqrt()
+        features = [self._feature(level, signal), self._feature(sigma, signal)]
+        return Coefficients(y, total, signal * std * total.square(), std * level * total, torch.cat(features, dim=1))
+
+    def _feature(self, noise: Tensor, signal: Tensor) -> Tensor:
+        low = self.LIMIT**2
+        ratio = (noise.square() + low * signal.square()) / (signal.square() + low * noise.square())
+        return ratio.log().flatten(1) / 8
+
+
+@specs.recorded
+class Generator(nn.Module):
+    """A field and a network: velocity, denoised, noise, score and samples, all of the marginal law of the data.
+
+    Times are numbers or (B,), points (B, *shape), labels (B,). Results have the dtype of x; the network runs in its own.
+
+    Args:
+        field: an affine field.
+        network: network(x, noise, label) -> output like x (see diffusion.networks).
+        shape: of one data point, such as (1, 8, 8).
+    """
+
+    def __init__(self, field: AffineField, network: nn.Module, shape: Sequence[int]):
+        super().__init__()
+        self.field, self.network, self.shape = field, network, tuple(shape)
+        self.precondition = Preconditioner(field, torch.zeros(self.shape), 1.0)
+
+    def calibrate(self, x0: Tensor) -> "Generator":
+        """Take the centre and the spread of the data, on which the preconditioning rests, from a sample (N, *shape)."""
+        self._check(x0)
+        centre = x0.double().mean(0)
+        std = (x0.double() - centre).square().mean().sqrt()
+        if not std > 0:
+            raise UserError("all data points are equal, expected a data set with some variation")
+        self.precondition.centre.copy_(centre)
+        self.precondition.std.copy_(std)
+        return self
+
+    def forward(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Prediction:
+        """E[x0|x], with the unit in which its error is to be measured."""
+        c = self.precondition(x, t)
+        dtype = next(self.network.parameters()).dtype
+        output = self.network((c.scale * c.y).to(dtype), c.noise.to(dtype), label).to(x.dtype)
+        return Prediction(self.precondition.centre.to(x.dtype) + c.skip * c.y + c.out * output, c.out)
+
+    def estimate(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> conversions.Estimate:
+        """Denoised, noise and velocity together, for one evaluation of the network."""
+        self._check(x)
+        return conversions.from_denoised(self.field.schedule(x, t), x, self(x, t, label).target)
+
+    def denoised(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Tensor:
+        """E[x0|x_t = x]."""
+        return self.estimate(x, t, label).denoised
+
+    def noise(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Tensor:
+        """E[z|x_t = x]."""
+        return self.estimate(x, t, label).noise
+
+    def velocity(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Tensor:
+        """f_t(x) = E[f_t(x|x0)|x]."""
+        return self.estimate(x, t, label).velocity
+
+    def score(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Tensor:
+        """grad log p_t(x).
+
+        Raises:
+            UserError: the base law is not Gaussian; only then is the score linear in the denoised mean.
+        """
+        if not isinstance(self.field.base, Gaussian):
+            law = type(self.field.base).__name__
+            raise UserError(f"the base law is {law}; expected Gaussian: for another, the velocity does not give the score")
+        schedule = self.field.schedule(x, t)
+        return conversions.score_from_noise(schedule, self.noise(x, t, label))
+
+    def _check(self, x: Tensor) -> None:
+        if x.shape[1:] != self.shape:
+            raise UserError(f"points have shape {tuple(x.shape)}, expected (B, {', '.join(map(str, self.shape))})")
+
+    def sample(
+        self,
+        number: int,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        label: Tensor | int | None = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """`number` samples (number, *shape), float32 on the CPU; images are in [-1, 1] up to the network's error.
+
+        Args:
+            sampler: Heun(steps=18) unless given.
+            seed: sample i depends on (seed, i) alone, not on `number` or `batch_size`.
+            label: one class for all, or (number,).
+            batch_size: samples in memory at a time.
+        """
+        if isinstance(label, int):
+            label = torch.full((number,), label)
+        return generate(self, (number, *self.shape), sampler or Heun(), seed, label, batch_size, progress)
+
+    @property
+    def device(self) -> torch.device:
+        return self.precondition.centre.device
+
+    def save(self, folder: str | Path) -> None:
+        """Write a checkpoint from which `load` rebuilds this generator."""
+        checkpoints.write(folder, {"model": specs.describe(self)}, {"model": self.state_dict()})
+
+    @classmethod
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu", **parts: AffineField | nn.Module) -> "Generator":
+        """The generator of a checkpoint, in evaluation mode.
+
+        Args:
+            folder: written by `save` or by training, such as outputs/.../checkpoints/last.
+            parts: ``field`` or ``network``, where these are a user's own objects, which no file can hold.
+
+        Raises:
+            UserError: there is no checkpoint, it is damaged, or it is not of a generator.
+        """
+        spec = checkpoints.read_description(folder).get("model")
+        if not isinstance(spec, dict):
+            raise UserError(f"checkpoint {folder} does not describe a model; expected one written by train.py")
+        missing = [name for name in ("field", "network") if spec.get(name) is None and name not in parts]
+        if missing:
+            raise UserError(f"checkpoint {folder} could not store its {missing[0]}; pass Generator.load(..., {missing[0]}=...)")
+        generator = specs.build(spec | parts)
+        if not isinstance(generator, cls):
+            raise UserError(f"checkpoint {folder} holds a {type(generator).__name__}, expected a {cls.__name__}")
+        checkpoints.load_weights(generator, checkpoints.read_tensors(folder, "model"), folder)
+        return generator.to(device).eval()

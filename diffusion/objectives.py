@@ -1,0 +1,90 @@
+"""Objectives: what a network is regressed on. objective(network, batch) -> loss of shape (B, ...), not reduced."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.errors import UserError
+from diffusion.fields import AffineField
+
+
+class Batch(NamedTuple):
+    """What an objective gets at each step."""
+
+    x: Tensor  # (B, *shape) data
+    label: Tensor | None  # (B,) classes
+    generator: torch.Generator  # the randomness of this step
+
+
+class Objective(Protocol):
+    def __call__(self, network: nn.Module, batch: Batch) -> Tensor: ...
+
+
+class NoiseLevels:
+    """A law of training times: log(noise / signal) normal with the given mean and std, cut off at t_min and T.
+
+    noise / signal is sigma_t / (alpha_t std) with std that of the data, so one law serves all affine fields: in VE and
+    PFGM++ it is EDM's log-normal law of sigma (Karras et al. 2022, sec. 5), which has mean -0.5 in this unit; in flow
+    matching it is the logit-normal law of t (Esser et al. 2024). The times of a batch are stratified, one in each of
+    B equal shares of the law, which leaves each of them with that law and lowers the variance of the loss.
+
+    Args:
+        field: an affine field.
+        data_std: of the data, per coordinate.
+        mean, std: of log(noise / signal).
+    """
+
+    def __init__(self, field: AffineField, data_std: float, mean: float = -0.5, std: float = 1.2):
+        if not std > 0:
+            raise UserError(f"noise levels have std={std}, expected a positive number")
+        self.mean, self.std = mean, std
+        self.times = field.clock(4096)
+        levels = field.log_noise_to_signal(self.times) - torch.tensor(data_std, dtype=torch.float64).log()
+        self.shares = torch.special.ndtr((levels - mean) / std)
+
+    def draw(self, number: int, generator: torch.Generator) -> Tensor:
+        """(number,) times, float64, in random order of size, on the device of `generator`."""
+        device = generator.device
+        options = {"generator": generator, "device": device, "dtype": torch.float32}
+        places = torch.randperm(number, generator=generator, device=device)
+        u = ((places + torch.rand(number, **options)) / number).double()
+        shares, times = self.shares.to(device), self.times.to(device)
+        u = shares[0] + u * (shares[-1] - shares[0])
+        right = torch.searchsorted(shares, u).clamp(1, len(shares) - 1)
+        weight = ((u - shares[right - 1]) / (shares[right] - shares[right - 1])).clamp(0, 1)
+        return times[right - 1].lerp(times[right], weight)
+
+
+class FieldMatching:
+    """Regression of a generator on its field's target, in units of the error expected at each (x, t).
+
+    For affine fields the target is x0 and the unit the preconditioner's `out`, so that the network's raw output is
+    regressed on a target of unit variance: EDM's loss, for every base law. The unit depends on (x, t) alone.
+
+    Args:
+        field: the generator's field.
+        times: law of the training times.
+        num_classes: of a conditional network; 0 ignores labels.
+        label_dropout: probability that a class is hidden from the network, for classifier-free guidance.
+    """
+
+    def __init__(self, field: AffineField, times: NoiseLevels, num_classes: int = 0, label_dropout: float = 0.1):
+        if not 0 <= label_dropout <= 1:
+            raise UserError(f"label_dropout is {label_dropout}, expected a probability")
+        self.field, self.times, self.num_classes, self.label_dropout = field, times, num_classes, label_dropout
+
+    def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Squared error (B, *shape)."""
+        x0, number = batch.x, len(batch.x)
+        t = self.times.draw(number, batch.generator).to(x0)
+        z = self.field.draw(x0.shape, batch.generator, dtype=x0.dtype).to(x0.device)
+        x = self.field.transport(x0, z, t)
+        prediction = network(x, t, self._hide(batch))
+        return ((prediction.target - self.field.target(x, t, x0)) / prediction.error).square()
+
+    def _hide(self, batch: Batch) -> Tensor | None:
+        if not self.num_classes:
+            return None
+        chance = torch.rand(len(batch.x), generator=batch.generator, device=batch.generator.device)
+        return batch.label.where(chance.to(batch.x.device) >= self.label_dropout, self.num_classes)

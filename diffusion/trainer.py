@@ -1,0 +1,306 @@
+"""The one training loop. It knows nothing of what it trains: objective(module, batch) -> loss, not reduced.
+
+Every step is a function of (weights, optimiser state, seed, step number): which examples it sees, and in what order,
+and all its randomness are derived from the last two. A run that is resumed therefore continues exactly, and needs no
+state of random number generators.
+"""
+
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffusion import checkpoints, devices
+from diffusion.ema import EMA
+from diffusion.errors import UserError
+from diffusion.objectives import Batch, Objective
+
+Log = Callable[[int, Mapping[str, float]], None]
+Callback = Callable[[int, nn.Module], None]
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed in [0, 2^63) from several numbers or names."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def example_order(number: int, batch_size: int, seed: int, first_step: int, steps: int) -> Iterator[Tensor]:
+    """Indices (batch_size,) of the examples of each step from `first_step` on: epoch after epoch, each shuffled anew."""
+    epoch, shuffled = -1, torch.empty(0)
+    for step in range(first_step, steps):
+        places = torch.arange(step * batch_size, (step + 1) * batch_size)
+        parts = []
+        for wanted in (places // number).unique().tolist():
+            if wanted != epoch:
+                epoch = wanted
+                shuffled = torch.randperm(number, generator=torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch)))
+            parts.append(shuffled[places[places // number == wanted] % number])
+        yield torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """AdamW with warm-up and cosine decay, gradient clipping, EMA, checkpoints, exact resume.
+
+    Args:
+        steps: updates of the weights.
+        batch_size: examples a step, over all processes and accumulated parts together.
+        learning_rate: the highest; reached after warmup, then decaying along a half cosine to final_rate of it.
+        warmup: steps of linear warm-up.
+        final_rate: the last learning rate as a fraction of the highest.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient; longer ones are scaled down to it.
+        accumulate: parts into which each batch is split to save memory.
+        ema_decay: see EMA.
+        precision: "no" for float32 or "bf16" for mixed precision.
+        device: "auto", "cpu", "cuda" or "mps".
+        checkpoint_every: steps between checkpoints, which are also written at the end.
+        log_every: steps between lines of metrics.
+        test_examples: held-out examples on which the averaged weights are tested at each checkpoint; the lowest test
+            loss so far is the checkpoint `best`.
+        seed: of everything random.
+
+    Raises:
+        UserError: an option is out of its range.
+    """
+
+    steps: int = 2000
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    final_rate: float = 0.0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    accumulate: int = 1
+    ema_decay: float = 0.999
+    precision: str = "no"
+    device: str = "auto"
+    checkpoint_every: int = 500
+    log_every: int = 20
+    test_examples: int = 1024
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"trainer.{name} is {getattr(self, name)}, expected a positive number")
+        if self.precision not in ("no", "bf16"):
+            raise UserError(f"trainer.precision is {self.precision!r}, expected no or bf16")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"trainer.ema_decay is {self.ema_decay}, expected a number from 0 to below 1")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of step `step` (0, 1, ...)."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * cosine)
+
+    def fit(
+        self,
+        module: nn.Module,
+        objective: Objective,
+        data,
+        folder: str | Path,
+        test_data=None,
+        resume: str | Path | None = None,
+        description: Mapping | None = None,
+        log: Log = lambda step, metrics: None,
+        callbacks: Sequence[Callback] = (),
+    ) -> nn.Module:
+        """Train `module` in place and return the copy with averaged weights, in evaluation mode.
+
+        Args:
+            data: has `__len__`, `to(device)` and `batches(order)` (see diffusion.data).
+            folder: where the checkpoints `last` and `best` are written.
+            test_data: held-out data, for `best`; without it there is no `best`.
+            resume: a checkpoint to continue from.
+            description: stored in each checkpoint; `Generator.load` wants {"model": spec}.
+            log: called with (step, metrics), in the main process.
+            callbacks: called with (step, averaged module) at each checkpoint, in the main process.
+
+        Raises:
+            UserError: the loss stops being finite, a checkpoint cannot be read or written, the batch cannot be split.
+        """
+        return _Run(self, module, objective, data, Path(folder), test_data, description or {}, log, callbacks).go(resume)
+
+
+@dataclass
+class _Run:
+    """One call of `fit`: the state of the loop."""
+
+    options: Trainer
+    module: nn.Module
+    objective: Objective
+    data: object
+    folder: Path
+    test_data: object
+    description: Mapping
+    log: Log
+    callbacks: Sequence[Callback]
+    step: int = 0
+    best: float = math.inf
+    bad_step: Tensor = field(init=False)
+
+    def __post_init__(self):
+        options, device = self.options, devices.pick(self.options.device)
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=options.precision)
+        self.device, world = self.accelerator.device, self.accelerator.num_processes
+        if options.batch_size % (world * options.accumulate):
+            raise UserError(
+                f"trainer.batch_size is {options.batch_size}, expected a multiple of devices x accumulate = "
+                f"{world} x {options.accumulate}"
+            )
+        self.module.to(self.device).train()
+        self.ema = EMA(self.module, options.ema_decay)
+        self.optimiser = torch.optim.AdamW(
+            self.module.parameters(),
+            lr=options.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=options.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.network = self.accelerator.prepare_model(self.module)
+        self.data = self.data.to(self.device)
+        self.test_data = self.test_data and self.test_data.to(self.device)
+        self.bad_step = torch.full((), -1, device=self.device)
+
+    def go(self, resume: str | Path | None) -> nn.Module:
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            if resume is not None:
+                self._load(Path(resume))
+            self._loop()
+        return self.ema.module
+
+    def _loop(self) -> None:
+        options, total = self.options, torch.zeros((), device=self.device)
+        bar = tqdm(
+            total=options.steps, initial=self.step, unit="step", disable=not self.accelerator.is_main_process, smoothing=0.1
+        )
+        started, since = time.perf_counter(), self.step
+        batches = self.data.batches(self._order())
+        while self.step < options.steps:
+            total += self._update(batches)
+            self.step += 1
+            self.ema.update(self.step)
+            saving = self.step % options.checkpoint_every == 0 or self.step == options.steps
+            if self.step % options.log_every == 0 or saving:
+                self._stop_if_bad()
+                now = time.perf_counter()
+                steps = self.step - since
+                loss = self.accelerator.reduce(total / steps, "mean").item()
+                speed = steps * options.batch_size / (now - started)
+                metrics = {"loss": loss, "gradient_norm": self.norm.item(), "images_per_second": speed}
+                self._log(metrics | {"learning_rate": options.learning_rate_at(self.step - 1)})
+                bar.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{speed:.0f}"}, refresh=False)
+                total.zero_()
+                started, since = now, self.step
+            bar.update()
+            if saving:
+                self._checkpoint()
+                started = time.perf_counter()
+        bar.close()
+
+    def _order(self) -> Iterator[Tensor]:
+        """The indices of this process's part of each batch, one tensor for each part that is accumulated."""
+        options, world = self.options, self.accelerator.num_processes
+        for indices in example_order(len(self.data), options.batch_size, options.seed, self.step, options.steps):
+            yield from indices.view(options.accumulate, world, -1)[:, self.accelerator.process_index]
+
+    def _randomness(self, *parts: int | str) -> torch.Generator:
+        """The generator for a step; the global one, which dropout uses, is seeded too."""
+        torch.manual_seed(derive_seed(self.options.seed, "global", *parts))
+        device = "cpu" if self.device.type == "mps" else self.device
+        return torch.Generator(device).manual_seed(derive_seed(self.options.seed, *parts))
+
+    def _update(self, batches: Iterator) -> Tensor:
+        options, loss = self.options, torch.zeros((), device=self.device)
+        for group in self.optimiser.param_groups:
+            group["lr"] = options.learning_rate_at(self.step)
+        randomness = self._randomness(self.step, self.accelerator.process_index)
+        for part in range(options.accumulate):
+            last = part == options.accumulate - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.network):
+                batch = Batch(*next(batches), randomness)
+                part_loss = self.objective(self.network, batch).mean() / options.accumulate
+                self.accelerator.backward(part_loss)
+            loss += part_loss.detach()
+        self.norm = self.accelerator.clip_grad_norm_(self.module.parameters(), options.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        bad = ~torch.isfinite(loss + self.norm) & (self.bad_step < 0)
+        self.bad_step = torch.where(bad, self.step, self.bad_step)
+        if self.device.type == "cpu":  # elsewhere the question would wait for the device; it is asked when logging
+            self._stop_if_bad()
+        return loss
+
+    def _stop_if_bad(self) -> None:
+        if (step := int(self.bad_step)) >= 0:
+            kept = f"the last good checkpoint is {self.folder / 'last'}" if checkpoints.exists(self.folder / "last") else (
+                "no checkpoint had been written yet"
+            )
+            raise UserError(
+                f"the loss is not finite at step {step + 1}; {kept}; try a lower trainer.learning_rate, a longer "
+                "trainer.warmup, a smaller trainer.clip or trainer.precision=no"
+            )
+
+    def _log(self, metrics: Mapping[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            self.log(self.step, metrics)
+
+    @torch.no_grad()
+    def _test_loss(self) -> float:
+        """The objective of the averaged weights on held-out examples, with the same randomness each time."""
+        order = torch.arange(min(self.options.test_examples, len(self.test_data))).split(self.options.batch_size)
+        randomness, total, count = self._randomness("test"), 0.0, 0
+        for examples in self.test_data.batches(order):
+            loss = self.objective(self.ema.module, Batch(*examples, randomness))
+            total, count = total + loss.mean().item() * len(examples.x), count + len(examples.x)
+        return total / count
+
+    def _checkpoint(self) -> None:
+        if self.accelerator.is_main_process:
+            names = ["last"]
+            if self.test_data is not None:
+                test_loss = self._test_loss()
+                self._log({"test_loss": test_loss})
+                if test_loss < self.best:
+                    self.best, names = test_loss, ["last", "best"]
+            for name in names:
+                self._save(self.folder / name)
+            for callback in self.callbacks:
+                callback(self.step, self.ema.module)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, folder: Path) -> None:
+        state = {f"weights.{key}": value for key, value in self.module.state_dict().items()}
+        for name, parameter in self.module.named_parameters():
+            for key, value in self.optimiser.state[parameter].items():
+                state[f"optimiser.{key}.{name}"] = value
+        progress = {"step": self.step, "best_test_loss": self.best, "trainer": asdict(self.options)}
+        checkpoints.write(folder, {**self.description, **progress}, {"model": self.ema.module.state_dict(), "training": state})
+
+    def _load(self, folder: Path) -> None:
+        description = checkpoints.read_description(folder)
+        state = checkpoints.read_tensors(folder, "training")
+        checkpoints.load_weights(self.ema.module, checkpoints.read_tensors(folder, "model"), folder)
+        prefix = "weights."
+        weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        checkpoints.load_weights(self.module, weights, folder)
+        for name, parameter in self.module.named_parameters():
+            restored = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = state[f"optimiser.{key}.{name}"]
+                # In the parameter's own memory layout, on which fused kernels rely.
+                restored[key] = value if key == "step" else torch.empty_like(parameter).copy_(value)
+            self.optimiser.state[parameter] = restored
+        self.step, self.best = description["step"], description["best_test_loss"]
