@@ -43,6 +43,10 @@ def write(folder: str | Path, description: Mapping, tensors: Mapping[str, Mappin
         raise UserError(f"cannot save checkpoint {folder}: {error.strerror}; earlier checkpoints are kept") from error
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _flush(path: Path, content: bytes) -> None:
     with open(path, "wb") as file:
         file.write(content)
@@ -70,7 +74,7 @@ def read_description(folder: str | Path) -> dict:
     try:
         description = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"checkpoint file {path} is damaged ({type(error).__name__}); use another checkpoint") from error
+        raise UserError(f"checkpoint file {path} is damaged ({_one_line(error)}); use another checkpoint") from error
     if not isinstance(description, dict):
         raise UserError(f"checkpoint file {path} is damaged (no mapping inside); use another checkpoint")
     return description
@@ -88,7 +92,7 @@ def read_tensors(folder: str | Path, name: str) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint file {path} is damaged or truncated ({error}); use another checkpoint") from error
+        raise UserError(f"checkpoint file {path} is damaged ({_one_line(error)}); use another checkpoint") from error
 
 
 def _resolve(folder: str | Path) -> Path:
@@ -98,7 +102,7 @@ def _resolve(folder: str | Path) -> Path:
             return place
     if (folder / "checkpoints" / "last").is_dir():
         raise UserError(f"{folder} is a run, not a checkpoint; use {folder / 'checkpoints' / 'last'}")
-    raise UserError(f"no checkpoint at {folder}: expected a folder with checkpoint.yaml, such as outputs/.../checkpoints/last")
+    raise UserError(f"no checkpoint at {folder}; expected a folder such as outputs/.../checkpoints/last")
 
 
 def load_weights(module, weights: Mapping[str, Tensor], folder: str | Path) -> None:

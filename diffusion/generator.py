@@ -33,9 +33,9 @@ class Prediction(NamedTuple):
 
 
 class Preconditioner(nn.Module):
-    """Keeps the network's input and output of unit variance, whatever the base law (Karras et al. 2022, table 1, app. B.6).
+    """Keeps the network's input and output of unit variance, whatever the base law.
 
-    EDM's argument: with data of variance std^2 per coordinate about `centre` and noise of scale s in x,
+    The argument of EDM (Karras et al. 2022, arXiv 2206.00364, app. B.6): with data of variance std^2 per coordinate about `centre` and noise of scale s in x,
 
         scale = (alpha^2 std^2 + s^2)^(-1/2)        the network's input has unit variance
         skip  = alpha std^2 / (alpha^2 std^2 + s^2) the best linear estimate of x0 - centre from y
@@ -80,17 +80,18 @@ class Preconditioner(nn.Module):
 class Generator(nn.Module):
     """A field and a network: velocity, denoised, noise, score and samples, all of the marginal law of the data.
 
-    Times are numbers or (B,), points (B, *shape), labels (B,). Results have the dtype of x; the network runs in its own.
+    Times are numbers or (B,), points (B, *shape), labels (B,). Results have the dtype of x; the network keeps its own.
 
     Args:
         field: an affine field.
-        network: network(x, noise, label) -> output like x (see diffusion.networks).
+        network: network(x, noise, label) -> output like x, with `num_classes` (see diffusion.networks).
         shape: of one data point, such as (1, 8, 8).
     """
 
     def __init__(self, field: AffineField, network: nn.Module, shape: Sequence[int]):
         super().__init__()
         self.field, self.network, self.shape = field, network, tuple(shape)
+        self.num_classes = network.num_classes
         self.precondition = Preconditioner(field, torch.zeros(self.shape), 1.0)
 
     def calibrate(self, x0: Tensor) -> "Generator":
@@ -136,7 +137,9 @@ class Generator(nn.Module):
         """
         if not isinstance(self.field.base, Gaussian):
             law = type(self.field.base).__name__
-            raise UserError(f"the base law is {law}; expected Gaussian: for another, the velocity does not give the score")
+            raise UserError(
+                f"the base law is {law}; expected Gaussian; for others the velocity does not give the score"
+            )
         schedule = self.field.schedule(x, t)
         return conversions.score_from_noise(schedule, self.noise(x, t, label))
 
@@ -163,6 +166,8 @@ class Generator(nn.Module):
         """
         if isinstance(label, int):
             label = torch.full((number,), label)
+        if label is not None and (not self.num_classes or label.min() < 0 or label.max() >= self.num_classes):
+            raise UserError(f"label is {label.unique().tolist()}, expected a class from 0 to {self.num_classes - 1}")
         return generate(self, (number, *self.shape), sampler or Heun(), seed, label, batch_size, progress)
 
     @property
@@ -174,7 +179,9 @@ class Generator(nn.Module):
         checkpoints.write(folder, {"model": specs.describe(self)}, {"model": self.state_dict()})
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu", **parts: AffineField | nn.Module) -> "Generator":
+    def load(
+        cls, folder: str | Path, device: torch.device | str = "cpu", **parts: AffineField | nn.Module
+    ) -> "Generator":
         """The generator of a checkpoint, in evaluation mode.
 
         Args:
@@ -189,7 +196,9 @@ class Generator(nn.Module):
             raise UserError(f"checkpoint {folder} does not describe a model; expected one written by train.py")
         missing = [name for name in ("field", "network") if spec.get(name) is None and name not in parts]
         if missing:
-            raise UserError(f"checkpoint {folder} could not store its {missing[0]}; pass Generator.load(..., {missing[0]}=...)")
+            raise UserError(
+                f"checkpoint {folder} could not store its {missing[0]}; pass Generator.load(..., {missing[0]}=...)"
+            )
         generator = specs.build(spec | parts)
         if not isinstance(generator, cls):
             raise UserError(f"checkpoint {folder} holds a {type(generator).__name__}, expected a {cls.__name__}")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from diffusion.errors import UserError
 from diffusion.fields import AffineField
+from diffusion.generator import Generator
 
 
 class Batch(NamedTuple):
@@ -63,16 +64,16 @@ class FieldMatching:
     regressed on a target of unit variance: EDM's loss, for every base law. The unit depends on (x, t) alone.
 
     Args:
-        field: the generator's field.
-        times: law of the training times.
-        num_classes: of a conditional network; 0 ignores labels.
-        label_dropout: probability that a class is hidden from the network, for classifier-free guidance.
+        generator: to be trained, calibrated to its data.
+        mean, std: law of the training times, see NoiseLevels.
+        label_dropout: probability that a class is hidden from a conditional network, for classifier-free guidance.
     """
 
-    def __init__(self, field: AffineField, times: NoiseLevels, num_classes: int = 0, label_dropout: float = 0.1):
+    def __init__(self, generator: Generator, mean: float = -0.5, std: float = 1.2, label_dropout: float = 0.1):
         if not 0 <= label_dropout <= 1:
             raise UserError(f"label_dropout is {label_dropout}, expected a probability")
-        self.field, self.times, self.num_classes, self.label_dropout = field, times, num_classes, label_dropout
+        self.field, self.num_classes, self.label_dropout = generator.field, generator.num_classes, label_dropout
+        self.times = NoiseLevels(generator.field, float(generator.precondition.std), mean, std)
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
         """Squared error (B, *shape)."""

@@ -6,11 +6,10 @@ state of random number generators.
 """
 
 import contextlib
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -22,28 +21,10 @@ from diffusion import checkpoints, devices
 from diffusion.ema import EMA
 from diffusion.errors import UserError
 from diffusion.objectives import Batch, Objective
+from diffusion.randomness import derive_seed, example_order
 
 Log = Callable[[int, Mapping[str, float]], None]
 Callback = Callable[[int, nn.Module], None]
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A seed in [0, 2^63) from several numbers or names."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
-
-
-def example_order(number: int, batch_size: int, seed: int, first_step: int, steps: int) -> Iterator[Tensor]:
-    """Indices (batch_size,) of the examples of each step from `first_step` on: epoch after epoch, each shuffled anew."""
-    epoch, shuffled = -1, torch.empty(0)
-    for step in range(first_step, steps):
-        places = torch.arange(step * batch_size, (step + 1) * batch_size)
-        parts = []
-        for wanted in (places // number).unique().tolist():
-            if wanted != epoch:
-                epoch = wanted
-                shuffled = torch.randperm(number, generator=torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch)))
-            parts.append(shuffled[places[places // number == wanted] % number])
-        yield torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -89,6 +70,10 @@ class Trainer:
     seed: int = 0
 
     def __post_init__(self):
+        for option in fields(self):
+            value, kind = getattr(self, option.name), option.type
+            if not isinstance(value, int | float if kind is float else kind) or isinstance(value, bool):
+                raise UserError(f"trainer.{option.name} is {value!r}, expected a value of type {kind.__name__}")
         for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise UserError(f"trainer.{name} is {getattr(self, name)}, expected a positive number")
@@ -131,7 +116,9 @@ class Trainer:
         Raises:
             UserError: the loss stops being finite, a checkpoint cannot be read or written, the batch cannot be split.
         """
-        return _Run(self, module, objective, data, Path(folder), test_data, description or {}, log, callbacks).go(resume)
+        return _Run(self, module, objective, data, Path(folder), test_data, description or {}, log, callbacks).go(
+            resume
+        )
 
 
 @dataclass
@@ -183,32 +170,33 @@ class _Run:
 
     def _loop(self) -> None:
         options, total = self.options, torch.zeros((), device=self.device)
-        bar = tqdm(
-            total=options.steps, initial=self.step, unit="step", disable=not self.accelerator.is_main_process, smoothing=0.1
-        )
         started, since = time.perf_counter(), self.step
         batches = self.data.batches(self._order())
-        while self.step < options.steps:
-            total += self._update(batches)
-            self.step += 1
-            self.ema.update(self.step)
-            saving = self.step % options.checkpoint_every == 0 or self.step == options.steps
-            if self.step % options.log_every == 0 or saving:
-                self._stop_if_bad()
-                now = time.perf_counter()
-                steps = self.step - since
-                loss = self.accelerator.reduce(total / steps, "mean").item()
-                speed = steps * options.batch_size / (now - started)
-                metrics = {"loss": loss, "gradient_norm": self.norm.item(), "images_per_second": speed}
-                self._log(metrics | {"learning_rate": options.learning_rate_at(self.step - 1)})
-                bar.set_postfix({"loss": f"{loss:.4f}", "images/s": f"{speed:.0f}"}, refresh=False)
-                total.zero_()
-                started, since = now, self.step
-            bar.update()
-            if saving:
-                self._checkpoint()
-                started = time.perf_counter()
-        bar.close()
+        silent = not self.accelerator.is_main_process
+        with tqdm(total=options.steps, initial=self.step, unit="step", disable=silent) as bar:
+            while self.step < options.steps:
+                total += self._update(batches)
+                self.step += 1
+                self.ema.update(self.step)
+                saving = self.step % options.checkpoint_every == 0 or self.step == options.steps
+                if self.step % options.log_every == 0 or saving:
+                    self._stop_if_bad()
+                    now, steps = time.perf_counter(), self.step - since
+                    metrics = {
+                        "loss": self.accelerator.reduce(total / steps, "mean").item(),
+                        "gradient_norm": self.norm.item(),
+                        "images_per_second": steps * options.batch_size / (now - started),
+                        "learning_rate": options.learning_rate_at(self.step - 1),
+                    }
+                    self._log(metrics)
+                    speed = f"{metrics['images_per_second']:.0f}"
+                    bar.set_postfix({"loss": f"{metrics['loss']:.4f}", "images/s": speed}, refresh=False)
+                    total.zero_()
+                    started, since = now, self.step
+                bar.update()
+                if saving:
+                    self._checkpoint()
+                    started = time.perf_counter()
 
     def _order(self) -> Iterator[Tensor]:
         """The indices of this process's part of each batch, one tensor for each part that is accumulated."""
@@ -245,9 +233,8 @@ class _Run:
 
     def _stop_if_bad(self) -> None:
         if (step := int(self.bad_step)) >= 0:
-            kept = f"the last good checkpoint is {self.folder / 'last'}" if checkpoints.exists(self.folder / "last") else (
-                "no checkpoint had been written yet"
-            )
+            last = self.folder / "last"
+            kept = f"the last good checkpoint is {last}" if checkpoints.exists(last) else "there is no checkpoint yet"
             raise UserError(
                 f"the loss is not finite at step {step + 1}; {kept}; try a lower trainer.learning_rate, a longer "
                 "trainer.warmup, a smaller trainer.clip or trainer.precision=no"
@@ -287,7 +274,9 @@ class _Run:
             for key, value in self.optimiser.state[parameter].items():
                 state[f"optimiser.{key}.{name}"] = value
         progress = {"step": self.step, "best_test_loss": self.best, "trainer": asdict(self.options)}
-        checkpoints.write(folder, {**self.description, **progress}, {"model": self.ema.module.state_dict(), "training": state})
+        checkpoints.write(
+            folder, {**self.description, **progress}, {"model": self.ema.module.state_dict(), "training": state}
+        )
 
     def _load(self, folder: Path) -> None:
         description = checkpoints.read_description(folder)

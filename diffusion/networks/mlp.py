@@ -35,6 +35,7 @@ class MLP(nn.Module):
     def __init__(self, shape: Sequence[int], width: int = 128, depth: int = 3, num_classes: int = 0):
         super().__init__()
         dim = math.prod(shape)
+        self.num_classes = num_classes
         self.embedding = Embedding(width, num_classes)
         self.first = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))

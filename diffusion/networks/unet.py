@@ -80,8 +80,11 @@ class UNet(nn.Module):
     ):
         super().__init__()
         if len(shape) != 3:
-            raise UserError(f"UNet got data of shape {tuple(shape)}, expected images (C, H, W); for points use model=mlp")
+            raise UserError(
+                f"UNet got data of shape {tuple(shape)}, expected images (C, H, W); for points use model=mlp"
+            )
         width = 4 * channels
+        self.num_classes = num_classes
         self.embedding = Embedding(width, num_classes)
         self.first = nn.Conv2d(shape[0], channels, 3, padding=1)
         levels = [channels * m for m in multipliers]

@@ -4,6 +4,7 @@ A model is any object with ``.field`` and ``.velocity(x, t, **conditions)``: a G
 States are float64 (float32 on devices without it); the model casts to its own precision.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ class FixedStep(Sampler):
 
     def integrate(self, velocity: Velocity, x: Tensor, field: Field) -> Tensor:
         times = self.grid(field, self.steps).to(x)
-        for t, t_next in zip(times[:-1], times[1:], strict=True):
+        for t, t_next in itertools.pairwise(times):
             x = self.step(velocity, x, t, t_next)
         return x
 

@@ -1,0 +1,115 @@
+"""What the commands share: errors as one line and exit status 2, pieces built from the configuration, processes."""
+
+import contextlib
+import functools
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
+from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from diffusion import UserError
+
+USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, OSError, torch.OutOfMemoryError)
+
+
+def command(config_name: str) -> Callable:
+    """Make `main(config)` a command that composes conf/`config_name`.yaml with the overrides of the command line.
+
+    What the user can put right ends in one line and exit status 2. Hydra's own switch, HYDRA_FULL_ERROR=1, shows the
+    whole traceback instead.
+    """
+
+    def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
+        debugging = "HYDRA_FULL_ERROR" in os.environ
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints errors in its own way, over many lines
+
+        @contextlib.contextmanager
+        def one_line():
+            try:
+                yield
+            except KeyboardInterrupt:
+                sys.exit("interrupted; checkpoints are kept")
+            except USER_ERRORS as error:
+                if debugging:
+                    raise
+                with contextlib.suppress(OSError, ValueError):
+                    run_folder().rmdir()  # only if the run has left nothing in it
+                print(f"error: {_one_line(error)}", file=sys.stderr)
+                sys.exit(2)
+
+        @functools.wraps(main)
+        def task(config: DictConfig) -> None:
+            with one_line():
+                main(config)
+
+        @functools.wraps(main)
+        def run() -> None:
+            with one_line():
+                hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)(task)()
+
+        return run
+
+    return decorate
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is missing; give {error.full_key}=... on the command line"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the device is out of memory; try a smaller batch_size, or a larger trainer.accumulate"
+    cause = error.__cause__
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        known = ", ".join(map(str, cause.parent_node)) if cause.parent_node is not None else "see --help"
+        return f"unknown option {cause.full_key}; expected one of: {known}"
+    if isinstance(error, InstantiationException) and isinstance(cause, UserError):
+        return str(cause)
+    return " ".join(str(error).split("Config search path")[0].split())
+
+
+def build(config: DictConfig, **extra):
+    """The object that a group of the configuration describes."""
+    return hydra.utils.instantiate(config, **extra, _convert_="all")
+
+
+def run_folder() -> Path:
+    """The folder of this run, as Hydra made it."""
+    return Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir)
+
+
+def write_config(config: DictConfig, folder: Path) -> None:
+    """The configuration with everything filled in, as config.yaml."""
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+
+
+def launch(processes: int, overrides: list[str]) -> None:
+    """Run this command again in `processes` processes on this machine and exit as they do; one failure ends all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = []
+    for rank in range(processes):
+        own = {key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        children.append(subprocess.Popen([sys.executable, *sys.argv, *overrides], env=os.environ | own))
+    status = 0
+    while children and status == 0:
+        for child in list(children):
+            try:
+                status = child.wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                continue
+            children.remove(child)
+            if status:
+                break
+    for child in children:
+        child.terminate()
+        child.wait()
+    sys.exit(status)

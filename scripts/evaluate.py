@@ -1,0 +1,36 @@
+"""Evaluate a checkpoint: python scripts/evaluate.py checkpoint=outputs/.../checkpoints/last num_samples=2000"""
+
+import json
+
+import torch
+from cli import build, command, run_folder
+from omegaconf import DictConfig
+
+from diffusion import Generator, UserError, checkpoints, devices, specs
+from diffusion.metrics import default_features, evaluate
+
+
+@command("evaluate")
+def main(config: DictConfig) -> None:
+    generator = Generator.load(config.checkpoint, devices.pick(config.device))
+    trained_on = checkpoints.read_description(config.checkpoint).get("data")
+    if not (config.data or trained_on):
+        raise UserError(f"checkpoint {config.checkpoint} does not say what data it was trained on; give data=...")
+    splits = build(config.data) if config.data else specs.build(trained_on)
+    if splits.train.shape != generator.shape:
+        shapes = f"data {splits.name} has shape {splits.train.shape}, expected {generator.shape} as in the checkpoint"
+        raise UserError(f"{shapes}; give other data=...")
+    features = default_features(splits)
+    label = torch.arange(config.num_samples) % generator.num_classes if generator.num_classes else None
+    sampler = build(config.sampler)
+    samples = generator.sample(config.num_samples, sampler, config.seed, label, config.batch_size, progress=True)
+    evaluation = evaluate(samples, splits, features, config.seed)
+    path = run_folder() / "evaluation.json"
+    settings = {"checkpoint": str(config.checkpoint), "num_samples": config.num_samples, "sampler": str(sampler)}
+    path.write_text(json.dumps({**settings, **evaluation.to_dict()}, indent=2) + "\n")
+    print(evaluation.table())
+    print(f"figures: {path}")
+
+
+if __name__ == "__main__":
+    main()
