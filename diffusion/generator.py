@@ -35,7 +35,8 @@ class Prediction(NamedTuple):
 class Preconditioner(nn.Module):
     """Keeps the network's input and output of unit variance, whatever the base law.
 
-    The argument of EDM (Karras et al. 2022, arXiv 2206.00364, app. B.6): with data of variance std^2 per coordinate about `centre` and noise of scale s in x,
+    The argument of EDM (Karras et al. 2022, arXiv 2206.00364, app. B.6): with data of variance std^2 per coordinate
+    about `centre` and noise of scale s in x,
 
         scale = (alpha^2 std^2 + s^2)^(-1/2)        the network's input has unit variance
         skip  = alpha std^2 / (alpha^2 std^2 + s^2) the best linear estimate of x0 - centre from y
