@@ -165,11 +165,23 @@ class Generator(nn.Module):
             label: one class for all, or (number,).
             batch_size: samples in memory at a time.
         """
-        if isinstance(label, int):
-            label = torch.full((number,), label)
-        if label is not None and (not self.num_classes or label.min() < 0 or label.max() >= self.num_classes):
-            raise UserError(f"label is {label.unique().tolist()}, expected a class from 0 to {self.num_classes - 1}")
-        return generate(self, (number, *self.shape), sampler or Heun(), seed, label, batch_size, progress)
+        return generate(self, (number, *self.shape), sampler or Heun(), seed, self.labels(label, number), batch_size, progress)
+
+    def labels(self, label: Tensor | int | None, number: int) -> Tensor | None:
+        """`label` for each of `number` samples, (number,); None stays None.
+
+        Raises:
+            UserError: a label is not a class of this generator, or their number is wrong.
+        """
+        if label is None:
+            return None
+        label = torch.as_tensor(label)
+        if not self.num_classes or label.min() < 0 or label.max() >= self.num_classes:
+            classes = f"a class from 0 to {self.num_classes - 1}" if self.num_classes else "null: it has no classes"
+            raise UserError(f"label is {label.unique().tolist()}, but this generator expects {classes}")
+        if label.dim() and len(label) != number:
+            raise UserError(f"there are {len(label)} labels, expected one, or one for each of {number} samples")
+        return label.expand(number)
 
     @property
     def device(self) -> torch.device:

@@ -1,22 +1,25 @@
 """Sample from a checkpoint: python scripts/sample.py checkpoint=outputs/.../checkpoints/last num_samples=64"""
 
-import torch
+import math
+
 from cli import build, command, run_folder
 from omegaconf import DictConfig
 
 from diffusion import Generator, devices
 from diffusion.plotting import save_samples
+from diffusion.samplers import Counted, generate
 
 
 @command("sample")
 def main(config: DictConfig) -> None:
     generator = Generator.load(config.checkpoint, devices.pick(config.device))
-    label = None if config.label is None else torch.full((config.num_samples,), config.label)
-    samples = generator.sample(
-        config.num_samples, build(config.sampler), config.seed, label, config.batch_size, progress=True
-    )
+    number, counted = config.num_samples, Counted(generator)
+    label = generator.labels(config.label, number)
+    size = (number, *generator.shape)
+    samples = generate(counted, size, build(config.sampler), config.seed, label, config.batch_size, progress=True)
+    evaluations = counted.evaluations / math.ceil(number / config.batch_size)
     picture = save_samples(samples, run_folder())
-    print(f"{config.num_samples} samples: {picture} and {picture.with_suffix('.npz')}")
+    print(f"{number} samples, {evaluations:g} evaluations each: {picture} and {picture.with_suffix('.npz')}")
 
 
 if __name__ == "__main__":

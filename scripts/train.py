@@ -75,16 +75,16 @@ def main(config: DictConfig) -> None:
 
 
 def _checkpoint_to_resume(wanted: str | None, folder: Path, steps: int) -> Path | None:
-    """`resume`, with "auto" resolved: this run's last checkpoint, or that of the newest unfinished run beside it."""
+    """`resume`, with "auto" resolved: this run's last checkpoint, or that of the newest run beside it if unfinished."""
     if wanted != "auto":
         return wanted and Path(wanted)
-    if checkpoints.exists(folder / "checkpoints" / "last"):
-        return folder / "checkpoints" / "last"
-    for place in sorted(folder.parent.iterdir(), reverse=True):
+    for place in (folder, *sorted(folder.parent.iterdir(), reverse=True)):
         last = place / "checkpoints" / "last"
-        if checkpoints.exists(last) and checkpoints.read_description(last).get("step", steps) < steps:
-            return last
-    print("resume=auto: no unfinished run here, starting afresh")
+        if checkpoints.exists(last):
+            if place == folder or checkpoints.read_description(last).get("step", steps) < steps:
+                return last
+            break
+    print("resume=auto: no unfinished run here, starting afresh", flush=True)
     return None
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torchdiffeq import odeint
 from torchdiffeq._impl.odeint import SOLVERS
+from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from diffusion.errors import UserError
 from diffusion.samplers.base import Sampler
@@ -36,10 +37,17 @@ class Adaptive(Sampler):
     def integrate(self, velocity, x, field):
         rho = field.rho
         ends = torch.tensor([field.horizon, field.t_min], dtype=x.dtype, device=x.device)
-        clock = torch.linspace(*(ends ** (1 / rho)).tolist(), self.steps + 1, dtype=x.dtype, device=x.device)
+
+        def even_steps(slope, x, u):
+            grid = torch.linspace(float(u[0]), float(u[-1]), self.steps + 1, dtype=u.dtype, device=u.device)
+            grid[0], grid[-1] = u[0], u[-1]
+            return grid
 
         def slope(u, x):
             t = u.pow(rho).clamp(field.t_min, field.horizon)
             return velocity(x, t) * (rho * u.pow(rho - 1))
 
-        return odeint(slope, x, clock[[0, -1]], rtol=self.rtol, atol=self.atol, method=self.method)[-1]
+        fixed = issubclass(SOLVERS[self.method], FixedGridODESolver)
+        options = {"grid_constructor": even_steps} if fixed else None
+        span = ends ** (1 / rho)
+        return odeint(slope, x, span, rtol=self.rtol, atol=self.atol, method=self.method, options=options)[-1]

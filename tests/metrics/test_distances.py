@@ -119,8 +119,9 @@ class TestPrecisionRecall:
         assert precision_recall(modes, modes[:40]).recall == 0.5
 
     def test_repeated_points_have_radius_zero_and_cover_only_their_copies(self):
-        repeated = torch.tensor([[0.3], [0.7]]).repeat(5, 1)
-        points = torch.tensor([[0.3], [0.3 + 1e-7], [0.5], [9.0]])
+        offset = 1000 + normal(5)  # far from the origin, where |a|^2 + |b|^2 - 2 a.b has lost its digits
+        repeated = offset + torch.tensor([[0.3], [0.7]]).double().repeat(5, 1)
+        points = offset + torch.tensor([[0.3], [0.3 + 1e-6], [0.5], [9.0]]).double()
         assert precision_recall(repeated, points).precision == 0.25
 
     def test_too_few_points_are_refused(self):

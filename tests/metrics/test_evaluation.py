@@ -59,6 +59,13 @@ def test_copies_with_less_than_half_a_level_of_noise_are_memorised(images):
     assert found.precision == 1
 
 
+def test_copies_are_memorised_even_where_real_data_repeats_itself(points):
+    held_out = torch.cat([everything(points.test)[:90], everything(points.train)[:10]])
+    found = evaluate(everything(points.train)[:50], points._replace(test=TensorData(held_out)), PointFeatures())
+    assert found.generated.memorised == 1
+    assert 0 < found.real.memorised < 0.2
+
+
 def test_the_gaussian_column_is_a_gaussian_fit_on_256_levels(images):
     train = everything(images.train)
     law = torch.distributions.MultivariateNormal(

@@ -65,11 +65,12 @@ class TestClassifier:
         data = striped_set(40, 1, 8, seed=0)
         x = data.take(torch.arange(10)).x
         before = torch.get_rng_state()
-        first = train_classifier_features([data], seed=1)(x)
+        first = train_classifier_features([data], seed=1)
         assert torch.get_rng_state().equal(before)
         torch.manual_seed(99)
-        assert train_classifier_features([data], seed=1)(x).equal(first)
-        assert not train_classifier_features([data], seed=2)(x).allclose(first, rtol=1e-2)
+        assert train_classifier_features([data], seed=1)(x).equal(first(x))
+        weights, others = first.head.weight, train_classifier_features([data], seed=2).head.weight
+        assert (weights - others).norm() > 0.5 * weights.norm()
 
     def test_large_sets_are_read_in_part_and_in_proportion(self, monkeypatch):
         monkeypatch.setattr(features, "TRAINING_STEPS", 1)
@@ -118,8 +119,8 @@ class TestInception:
         expected = reference(images)[0].double()
         found = ours(x + 0.3 / 127.5)
         assert found.shape == (2, 2048) and found.dtype == torch.float64
-        assert (expected[0] - expected[1]).norm() > 1e-4 * expected.norm()
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+        assert (expected[0] - expected[1]).norm() > 1e-3 * expected.norm()
+        assert (found - expected).norm() < 1e-5 * expected.norm()
 
     def test_grey_is_repeated_and_other_channels_are_refused(self, without_weights):
         seen = []

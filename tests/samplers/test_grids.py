@@ -1,0 +1,44 @@
+"""Time grids, over every field."""
+
+import pytest
+import torch
+from problems import FIELDS, names
+
+from diffusion.fields import variance_exploding
+from diffusion.samplers import LogGrid, PowerGrid
+
+GRIDS = [PowerGrid(), PowerGrid(1.0), PowerGrid(7.0), PowerGrid(0.5), LogGrid()]
+
+
+@pytest.mark.parametrize("case", **names(FIELDS))
+@pytest.mark.parametrize("grid", GRIDS, ids=repr)
+@pytest.mark.parametrize("points", [2, 3, 18])
+def test_a_grid_falls_from_the_horizon_to_t_min(case, grid, points):
+    field = case.build()
+    times = grid(field, points)
+    assert times.dtype == torch.float64
+    assert times.shape == (points,)
+    assert times[0] == field.horizon
+    assert times[-1] == field.t_min
+    assert (times.diff() < 0).all()
+
+
+def test_power_grid_is_that_of_edm():
+    """Karras et al. 2022, eq. 5, term by term, with their defaults."""
+    n, rho, largest, smallest = 18, 7, 80.0, 0.002
+    expected = [
+        (largest ** (1 / rho) + i / (n - 1) * (smallest ** (1 / rho) - largest ** (1 / rho))) ** rho for i in range(n)
+    ]
+    for grid in (PowerGrid(), PowerGrid(7.0)):
+        assert grid(variance_exploding(), n).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_log_grid_has_a_constant_ratio():
+    times = LogGrid()(variance_exploding(), 11)
+    torch.testing.assert_close(times[1:] / times[:-1], torch.full((10,), (0.002 / 80) ** 0.1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rho", [0.0, -7.0, float("nan")])
+def test_rho_is_positive(rho, user_error):
+    with user_error(f"rho={rho}"):
+        PowerGrid(rho)(variance_exploding(), 5)

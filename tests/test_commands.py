@@ -1,0 +1,294 @@
+"""The commands, as a user types them: what they write, and how they fail."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from diffusion import Generator
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "trainer.steps=6", "trainer.checkpoint_every=3", "trainer.log_every=2", "trainer.batch_size=16", "trainer.warmup=2",
+    "model.channels=8", "device=cpu", "logger=none", "num_samples=0",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run("train", "option=value", ...) in an empty folder: exit status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def call(command, *options):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / f"{command}.py"), *options])
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        status = 0
+        capsys.readouterr()
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run folder of a very short training, made by a real process."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    command = [sys.executable, ROOT / "scripts" / "train.py", *TINY, "num_samples=60", f"hydra.run.dir={folder}"]
+    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"run: {folder}"
+    assert "images/s=" in done.stderr and "loss=" in done.stderr and "6/6" in done.stderr
+    return folder
+
+
+def test_train_writes_a_run(trained):
+    assert {path.name for path in trained.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "evaluation.json", "checkpoints", "samples.png", "samples.npz",
+        "samples_0000003.png", "samples_0000006.png",
+    }  # fmt: skip
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    assert config["field"] == {"_target_": "diffusion.fields.gravity", "dim": 64, "horizon": 80.0, "t_min": 0.002}
+    assert config["model"]["shape"] == [1, 8, 8]
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [2, 3, 4, 6]
+    assert [row["step"] for row in rows if "test_loss" in row] == [3, 6]
+    assert json.loads((trained / "evaluation.json").read_text())["generated"]["frechet"] > 0
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["best", "last"]
+    assert sorted(path.name for path in (trained / "checkpoints" / "last").iterdir()) == [
+        "checkpoint.yaml", "model.safetensors", "training.safetensors",
+    ]  # fmt: skip
+
+
+def test_sample_needs_the_checkpoint_alone(run, trained, tmp_path):
+    options = [f"checkpoint={trained}/checkpoints/last", "num_samples=12", "device=cpu", "sampler.steps=4"]
+    for name, more in {"a": [], "b": ["batch_size=5"], "c": ["seed=1"]}.items():
+        status, out, _ = run("sample", *options, *more, f"hydra.run.dir={tmp_path / name}")
+        assert status == 0
+        assert f"{tmp_path / name}/samples.png" in out
+    images = {name: np.load(tmp_path / name / "samples.npz")["images"] for name in "abc"}
+    assert images["a"].shape == (12, 8, 8, 1) and images["a"].dtype == np.uint8
+    assert np.array_equal(images["a"], images["b"])
+    assert not np.array_equal(images["a"], images["c"])
+    generator = Generator.load(trained / "checkpoints" / "last")
+    from diffusion.data import to_uint8
+    from diffusion.samplers import Heun
+
+    direct = to_uint8(generator.sample(12, Heun(steps=4))).movedim(1, -1).numpy()
+    assert np.array_equal(images["a"], direct)
+    grid = Image.open(tmp_path / "a" / "samples.png")
+    assert min(grid.size) >= 3 * 32
+
+
+def test_every_sampler_runs_and_the_evaluations_are_reported(run, trained, tmp_path):
+    checkpoint = f"checkpoint={trained}/checkpoints/best"
+    for options, count in [
+        (["sampler=heun", "sampler.steps=5"], "9 evaluations"),
+        (["sampler=euler", "sampler.steps=5"], "5 evaluations"),
+        (["sampler=adaptive", "sampler.rtol=0.1", "sampler.atol=0.1"], "evaluations"),
+        (["sampler=adaptive", "sampler.method=rk4", "sampler.steps=3"], "13 evaluations"),
+    ]:
+        status, out, err = run("sample", checkpoint, "num_samples=2", *options)
+        assert (status, err.count("error")) == (0, 0)
+        assert count in out
+
+
+def test_evaluate_prints_a_table_and_writes_json(run, trained, tmp_path):
+    status, out, _ = run(
+        "evaluate", f"checkpoint={trained}/checkpoints/last", "num_samples=50", f"hydra.run.dir={tmp_path / 'e'}"
+    )
+    assert status == 0
+    figures = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    for name in ("frechet", "kernel", "precision", "recall", "sliced_w2", "nearest_train", "memorised"):
+        assert all(np.isfinite(figures[column][name]) for column in ("generated", "real", "gaussian"))
+    assert figures["real"]["frechet"] < figures["gaussian"]["frechet"]
+    assert "Frechet distance" in out and "gaussian" in out
+    assert figures["num_samples"] == 50 and "Heun" in figures["sampler"]
+
+
+def test_resumed_run_writes_the_same_metrics_and_weights(run, trained, tmp_path):
+    folder = tmp_path / "outputs" / "run"
+    options = [*TINY, f"hydra.run.dir={folder}"]
+    assert run("train", *options, "trainer.learning_rate=1e-3")[0] == 0
+    whole = (folder / "checkpoints" / "last" / "training.safetensors").read_bytes()
+    rows = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([*rows, '{"step": 7, "lo']) + "\n")
+    status, out, _ = run("train", *options, f"resume={trained}/checkpoints/best")
+    assert status == 0 and f"continuing {trained}/checkpoints/best" in out
+    assert (folder / "checkpoints" / "last" / "training.safetensors").read_bytes() == whole
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [json.loads(line)["step"] for line in rows]
+
+
+def test_resume_auto_finds_the_newest_unfinished_run(run, tmp_path):
+    first, second = tmp_path / "outputs" / "2020-01-01", tmp_path / "outputs" / "2020-01-02"
+    status, out, _ = run("train", *TINY, "resume=auto", "trainer.steps=3", f"hydra.run.dir={first}")
+    assert status == 0 and "starting afresh" in out
+    status, out, _ = run("train", *TINY, "resume=auto", f"hydra.run.dir={second}")
+    assert status == 0 and f"continuing {first}/checkpoints/last" in out
+    status, out, _ = run("train", *TINY, "resume=auto", f"hydra.run.dir={tmp_path}/outputs/2020-01-03")
+    assert status == 0 and "starting afresh" in out
+
+
+def test_conditional_generator_takes_labels(run, tmp_path):
+    folder = tmp_path / "run"
+    assert run("train", *TINY, "conditional=true", f"hydra.run.dir={folder}")[0] == 0
+    checkpoint = f"checkpoint={folder}/checkpoints/last"
+    for label in ("3", "null"):
+        assert run("sample", checkpoint, "num_samples=2", "sampler.steps=2", f"label={label}")[0] == 0
+    status, _, err = run("sample", checkpoint, "num_samples=2", "label=10")
+    assert status == 2 and "label is [10], but this generator expects a class from 0 to 9" in err
+
+
+def test_points_are_trained_on_and_drawn(run, tmp_path):
+    folder, small = tmp_path / "run", ["trainer.steps=4", "trainer.batch_size=64", "logger=none", "device=cpu"]
+    options = ["experiment=toy2d_moons", *small, "num_samples=300", f"hydra.run.dir={folder}"]
+    assert run("train", *options)[0] == 0
+    assert np.load(folder / "samples.npz")["points"].shape == (300, 2)
+
+
+def test_wandb_gets_the_run_offline_without_asking(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    options = [*TINY, "logger=wandb", "num_samples=60", f"hydra.run.dir={folder}"]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "train.py", *options],
+        cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (record,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    content = record.read_bytes()
+    assert b"test_loss" in content and b"images_per_second" in content and b"diffusion.fields.gravity" in content
+    assert list((folder / "wandb").glob("offline-run-*/files/media/images/*.png"))
+
+
+BAD_COMMANDS = [
+    ("train", ["field=nonsense"], "gravity linear pfgmpp variance_exploding variance_preserving"),
+    ("train", ["experiment=nonsense"], "digits_gravity"),
+    ("train", ["trainer.stepz=3"], "unknown option trainer.stepz; expected one of: _target_, steps"),
+    ("train", ["nonsense=3"], "unknown option nonsense; expected one of"),
+    ("train", ["trainer.steps=-1"], "trainer.steps is -1, expected a positive number"),
+    ("train", ["trainer.steps=many"], "trainer.steps is 'many', expected a value of type int"),
+    ("train", ["sampler.steps=1"], "sampler has steps=1, expected at least 2"),
+    ("train", ["sampler=adaptive", "sampler.method=nonsense"], "dopri5"),
+    ("train", ["device=nonsense"], "device is 'nonsense', expected auto or one that this machine has"),
+    ("train", ["field.dim=65"], "64 coordinates, but this field was built for dim=65"),
+    ("train", ["data=array"], "data.path is missing; give data.path="),
+    ("train", ["data=array", "data.path=nowhere.npz"], "nowhere.npz"),
+    ("train", ["data=moons"], "UNet got data of shape (2,), expected images"),
+    ("train", ["resume=nowhere"], "no checkpoint at nowhere"),
+    ("train", ["conditional=true", "experiment=toy2d_cities"], "has no labels; use conditional=false"),
+    ("sample", [], "checkpoint is missing; give checkpoint="),
+    ("sample", ["checkpoint=nowhere"], "no checkpoint at nowhere"),
+    ("sample", ["checkpoint=TRAINED", "num_samples=0"], "cannot draw 0 samples"),
+    ("sample", ["checkpoint=TRAINED", "label=1"], "label is [1]"),
+    ("sample", ["checkpoint=RUN"], "is a run, not a checkpoint"),
+    ("evaluate", ["checkpoint=nowhere"], "no checkpoint at nowhere"),
+    ("evaluate", ["checkpoint=TRAINED", "data=moons"], "data moons has shape (2,), expected (1, 8, 8)"),
+    ("evaluate", ["checkpoint=TRAINED", "num_samples=1"], ""),
+]
+
+
+@pytest.mark.parametrize(("command", "options", "words"), BAD_COMMANDS, ids=lambda value: str(value)[:40])
+def test_mistakes_end_in_one_line_and_status_2(run, trained, command, options, words):
+    options = [option.replace("TRAINED", f"{trained}/checkpoints/last").replace("RUN", str(trained)) for option in options]
+    tiny = [option for option in TINY if command == "train" and not option.startswith("model")]
+    status, _, err = run(command, *tiny, *options)
+    lines = [line for line in err.splitlines() if line.strip() and "step/s" not in line and "samples/s" not in line]
+    assert status == 2, err
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    assert words in lines[0]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.yaml"])
+def test_truncated_checkpoint_is_named(run, trained, tmp_path, name):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in (trained / "checkpoints" / "last").iterdir():
+        content = path.read_bytes()
+        (folder / path.name).write_bytes(content[: len(content) // 2] if path.name == name else content)
+    status, _, err = run("sample", f"checkpoint={folder}")
+    assert status == 2 and err.count("\n") == 1
+    assert str(folder / name) in err or "does not describe a model" in err
+
+
+def test_checkpoint_of_another_architecture_is_refused(run, trained):
+    status, _, err = run("train", *TINY, "model.channels=16", f"resume={trained}/checkpoints/last")
+    assert status == 2
+    assert "is of another architecture" in err.splitlines()[-1] and "network" in err.splitlines()[-1]
+    status, _, err = run("train", *TINY, "model.multipliers=[1]", f"resume={trained}/checkpoints/last")
+    assert status == 2 and "is of another architecture" in err.splitlines()[-1]
+
+
+def test_data_files_with_mistakes_are_named(run, tmp_path):
+    good = np.zeros((20, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "float.npz", images=good.astype(np.float32))
+    np.savez(tmp_path / "flat.npz", images=good[0])
+    np.savez(tmp_path / "labels.npz", images=good, labels=np.arange(20) - 5)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "flat.npz").read_bytes()[:100])
+    (tmp_path / "empty").mkdir()
+    for options, words in [
+        (["data=array", "data.path=float.npz"], "float32"),
+        (["data=array", "data.path=flat.npz"], "(8, 8)"),
+        (["data=array", "data.path=labels.npz"], "-5"),
+        (["data=array", "data.path=cut.npz"], "cut.npz"),
+        (["data=image_folder", "data.path=empty", "data.size=8"], "empty"),
+    ]:
+        status, _, err = run("train", *TINY, *options)
+        assert status == 2 and words in err and err.count("\n") == 1, err
+
+
+def test_help_lists_the_choices(run):
+    status, out, _ = run("train", "--help")
+    assert status in (0, None)
+    assert "field: gravity, linear, pfgmpp, variance_exploding, variance_preserving" in out
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_end_with_identical_bits(tmp_path):
+    """Three kill -9, then the rest: the same weights, averages and moments as a run in one piece."""
+    import random
+    import time
+
+    options = ["trainer.steps=120", "trainer.checkpoint_every=10", "logger=none", "device=cpu", "num_samples=0"]
+
+    def start(folder, *more):
+        command = [sys.executable, ROOT / "scripts" / "train.py", *options, *more, f"hydra.run.dir={folder}"]
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    assert start(tmp_path / "whole").wait() == 0
+    for _ in range(3):
+        process = start(tmp_path / "cut", "resume=auto")
+        process.stdout.readline()  # it has begun
+        time.sleep(random.uniform(2, 10))
+        process.kill()
+        process.wait()
+    assert start(tmp_path / "cut", "resume=auto").wait() == 0
+    for name in ("last", "best"):
+        for file in ("model.safetensors", "training.safetensors"):
+            whole, cut = (tmp_path / run / "checkpoints" / name / file for run in ("whole", "cut"))
+            assert whole.read_bytes() == cut.read_bytes(), (name, file)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, ROOT / "scripts" / "train.py", *TINY, "trainer.devices=2", f"hydra.run.dir={folder}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [2, 3, 4, 6]
+    wrong = subprocess.run([*command, "trainer.batch_size=15"], cwd=tmp_path, capture_output=True, text=True)
+    assert wrong.returncode == 2
