@@ -165,7 +165,9 @@ class Generator(nn.Module):
             label: one class for all, or (number,).
             batch_size: samples in memory at a time.
         """
-        return generate(self, (number, *self.shape), sampler or Heun(), seed, self.labels(label, number), batch_size, progress)
+        return generate(
+            self, (number, *self.shape), sampler or Heun(), seed, self.labels(label, number), batch_size, progress
+        )
 
     def labels(self, label: Tensor | int | None, number: int) -> Tensor | None:
         """`label` for each of `number` samples, (number,); None stays None.

@@ -149,8 +149,9 @@ class _Run:
             )
         self.module.to(self.device).train()
         self.ema = EMA(self.module, options.ema_decay)
+        self.parameters = list(self.module.parameters())
         self.optimiser = torch.optim.AdamW(
-            self.module.parameters(),
+            self.parameters,
             lr=options.learning_rate,
             betas=(0.9, 0.99),
             weight_decay=options.weight_decay,
@@ -206,7 +207,10 @@ class _Run:
 
     def _randomness(self, *parts: int | str) -> torch.Generator:
         """The generator for a step; the global one, which dropout uses, is seeded too."""
-        torch.manual_seed(derive_seed(self.options.seed, "global", *parts))
+        seed = derive_seed(self.options.seed, "global", *parts)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond to record who called it
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
         device = "cpu" if self.device.type == "mps" else self.device
         return torch.Generator(device).manual_seed(derive_seed(self.options.seed, *parts))
 
@@ -222,7 +226,7 @@ class _Run:
                 part_loss = self.objective(self.network, batch).mean() / options.accumulate
                 self.accelerator.backward(part_loss)
             loss += part_loss.detach()
-        self.norm = self.accelerator.clip_grad_norm_(self.module.parameters(), options.clip)
+        self.norm = self.accelerator.clip_grad_norm_(self.parameters, options.clip)
         self.optimiser.step()
         self.optimiser.zero_grad()
         bad = ~torch.isfinite(loss + self.norm) & (self.bad_step < 0)

@@ -14,9 +14,10 @@ from diffusion.metrics import default_features, evaluate
 def main(config: DictConfig) -> None:
     generator = Generator.load(config.checkpoint, devices.pick(config.device))
     trained_on = checkpoints.read_description(config.checkpoint).get("data")
-    if not (config.data or trained_on):
+    chosen = config.get("data")
+    if not (chosen or trained_on):
         raise UserError(f"checkpoint {config.checkpoint} does not say what data it was trained on; give data=...")
-    splits = build(config.data) if config.data else specs.build(trained_on)
+    splits = build(chosen) if chosen else specs.build(trained_on)
     if splits.train.shape != generator.shape:
         shapes = f"data {splits.name} has shape {splits.train.shape}, expected {generator.shape} as in the checkpoint"
         raise UserError(f"{shapes}; give other data=...")

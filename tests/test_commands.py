@@ -203,7 +203,9 @@ BAD_COMMANDS = [
 
 @pytest.mark.parametrize(("command", "options", "words"), BAD_COMMANDS, ids=lambda value: str(value)[:40])
 def test_mistakes_end_in_one_line_and_status_2(run, trained, command, options, words):
-    options = [option.replace("TRAINED", f"{trained}/checkpoints/last").replace("RUN", str(trained)) for option in options]
+    options = [
+        option.replace("TRAINED", f"{trained}/checkpoints/last").replace("RUN", str(trained)) for option in options
+    ]
     tiny = [option for option in TINY if command == "train" and not option.startswith("model")]
     status, _, err = run(command, *tiny, *options)
     lines = [line for line in err.splitlines() if line.strip() and "step/s" not in line and "samples/s" not in line]

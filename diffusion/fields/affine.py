@@ -1,5 +1,6 @@
 """Affine fields, x_t = alpha_t x0 + sigma_t z: gravity, PFGM++, Gaussian diffusion, flow matching."""
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -71,8 +72,10 @@ class AffineField(Field):
         """alpha, sigma and their derivatives at `t`, shaped to broadcast against `x`."""
         t = expand_time(t, x)
         one = torch.ones_like(t)
-        alpha, alpha_dot = torch.func.jvp(self.alpha, (t,), (one,))
-        sigma, sigma_dot = torch.func.jvp(self.sigma, (t,), (one,))
+        with warnings.catch_warnings():  # the first jvp of a process makes torch warn of its own use of torch.jit
+            warnings.simplefilter("ignore", FutureWarning)
+            alpha, alpha_dot = torch.func.jvp(self.alpha, (t,), (one,))
+            sigma, sigma_dot = torch.func.jvp(self.sigma, (t,), (one,))
         return Schedule(alpha, sigma, alpha_dot, sigma_dot)
 
     def draw(self, size, generator=None, dtype=None, device=None):

@@ -1,0 +1,168 @@
+"""The picture of the README: gravity pulling points onto the map of the world.
+
+    python docs/picture.py                                  train about 6 minutes on one core, then draw
+    python docs/picture.py --checkpoint outputs/picture     draw with the generator of an earlier run
+
+Needs `pip install -e ".[cities]"`. Writes docs/gravity_on_the_map.png and keeps the generator in outputs/picture.
+
+The plane is the map (the data space, d = 2) and the height above it is time t, the extra dimension of the gravity
+field. Curves are trajectories of the trained generator, dx/dt = f_t(x), from the prior at t = T = 80, far above the
+frame, down to the map: the field lines of a gravity whose mass is the cities. Every point of light on the map is
+where such a trajectory ends. Nothing of the data set itself is drawn.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from diffusion import Generator
+from diffusion.data import cities
+from diffusion.fields import gravity
+from diffusion.networks import MLP
+from diffusion.objectives import FieldMatching
+from diffusion.samplers import Heun
+from diffusion.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+
+
+def train(folder: Path, steps: int) -> Generator:
+    """A gravity generator of the inhabited places of the world, with at least 5000 inhabitants each."""
+    places, _, _ = cities()
+    torch.manual_seed(0)
+    generator = Generator(gravity(dim=2), MLP((2,), width=128, depth=3), (2,)).calibrate(places.values)
+    objective = FieldMatching(generator, mean=-1.0, std=1.8)  # fine structure needs low noise levels
+    trainer = Trainer(
+        steps=steps, batch_size=1024, learning_rate=3e-3, device="cpu", checkpoint_every=steps, log_every=100
+    )
+    average = trainer.fit(generator, objective, places, folder / "training")
+    average.save(folder)
+    return average
+
+
+class Paths(NamedTuple):
+    """Trajectories: the states at the falling times."""
+
+    times: Tensor  # (K,)
+    states: Tensor  # (K, N, 2)
+
+
+@torch.no_grad()
+def trajectories(generator: Generator, number: int, sampler: Heun, seed: int = 0) -> Paths:
+    """`number` whole trajectories from the prior to the map, the last state at t = 0."""
+    field = generator.field
+    x = field.sample_prior((number, 2), torch.Generator().manual_seed(seed), dtype=torch.float64)
+    times, states = sampler.grid(field, sampler.steps), [x]
+    for t, t_next in itertools.pairwise(times):
+        states.append(sampler.step(generator.velocity, states[-1], t, t_next))
+    x, t_min = states[-1], times[-1]
+    states.append(field.endpoint(x, t_min, generator.velocity(x, t_min)))
+    return Paths(torch.cat([times, times.new_zeros(1)]), torch.stack(states))
+
+
+class Camera:
+    """A pinhole above the south of the map that looks down on it; turns (x, y, height) into pixels."""
+
+    def __init__(self, width: int, height: int, eye=(0.0, -4.3, 3.7), aim=(0.0, 0.02, 0.33), focal: float = 1.62):
+        self.width, self.height, self.eye = width, height, np.array(eye)
+        forward = np.array(aim) - self.eye
+        forward /= np.linalg.norm(forward)
+        right = np.cross(forward, [0.0, 0.0, 1.0])
+        right /= np.linalg.norm(right)
+        self.axes = np.stack([right, np.cross(forward, right), forward])
+        self.scale = focal * width / 2
+
+    def __call__(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pixel coordinates (N, 2), column and row, and depths (N,) of `points` (N, 3)."""
+        across, down, depth = ((points - self.eye) @ self.axes.T).T
+        depth = np.where(depth > 0.1, depth, np.nan)
+        columns = self.width / 2 + self.scale * across / depth
+        rows = self.height / 2 + self.scale * down / depth
+        return np.stack([columns, rows], 1), depth
+
+
+def expose(camera: Camera, points: np.ndarray, light: np.ndarray) -> np.ndarray:
+    """The light (height, width, 3) that falls on each pixel from `points` (N, 3) of colour `light` (N, 3)."""
+    places, _ = camera(points)
+    film = np.zeros((camera.height * camera.width, 3))
+    whole = np.floor(places - 0.5)
+    rest = places - 0.5 - whole
+    for right, down in itertools.product((0, 1), (0, 1)):
+        column, row = whole[:, 0] + right, whole[:, 1] + down
+        seen = (column >= 0) & (column < camera.width) & (row >= 0) & (row < camera.height)
+        share = np.abs(1 - right - rest[:, 0]) * np.abs(1 - down - rest[:, 1])
+        index = (row[seen] * camera.width + column[seen]).astype(np.int64)
+        for channel in range(3):
+            weights = (share * light[:, channel])[seen]
+            film[:, channel] += np.bincount(index, weights, camera.height * camera.width)
+    return film.reshape(camera.height, camera.width, 3)
+
+
+def draw_curves(camera: Camera, paths: Paths, top: float, dots: int) -> np.ndarray:
+    """Light of the trajectories below the height `top`: cold and faint far up, warm where they land."""
+    order = np.argsort(paths.times.numpy())
+    heights, states = paths.times.numpy()[order], paths.states.numpy()[order]
+    # Evenly spaced in t^(1/2): lines bend most where they are close to the map.
+    t = top * np.linspace(0, 1, dots) ** 2
+    right = np.searchsorted(heights, t).clip(1, len(heights) - 1)
+    weight = ((t - heights[right - 1]) / (heights[right] - heights[right - 1]))[:, None, None]
+    places = states[right - 1] * (1 - weight) + states[right] * weight  # (dots, N, 2)
+    points = np.concatenate([places, np.broadcast_to(t[:, None, None], (*places.shape[:2], 1))], 2)
+    # Dots of equal light would be bright where they crowd; light by length on film makes even lines.
+    film = np.stack([camera(p)[0] for p in points])
+    length = np.linalg.norm(np.gradient(film, axis=0), axis=2)
+    near = (1 - np.sqrt(t / top))[:, None]
+    cold, warm = np.array([0.16, 0.42, 1.0]), np.array([1.0, 0.55, 0.22])
+    colour = cold + (warm - cold) * near[..., None] ** 2
+    strength = (0.05 + 0.95 * near**2) * np.clip((1 - t / top) * 4, 0, 1)[:, None]
+    light = (np.nan_to_num(length).clip(0, 20) * strength)[..., None] * colour
+    return expose(camera, points.reshape(-1, 3), light.reshape(-1, 3))
+
+
+def draw_map(camera: Camera, places: np.ndarray) -> np.ndarray:
+    """Light of the ends of trajectories, (N, 2), on the plane t = 0."""
+    points = np.concatenate([places, np.zeros((len(places), 1))], 1)
+    return expose(camera, points, np.broadcast_to([1.0, 0.80, 0.45], points.shape))
+
+
+def draw(generator: Generator, path: Path, number: int, curves: int, width: int = 1600, height: int = 900) -> None:
+    paths = trajectories(generator, number, Heun(steps=40))
+    zoom = 2  # drawn twice as large and averaged, so that lines are smooth
+    camera = Camera(zoom * width, zoom * height)
+    lines = draw_curves(camera, Paths(paths.times, paths.states[:, :curves]), top=1.5, dots=700)
+    lights = draw_map(camera, paths.states[-1].numpy())
+    film = 0.10 * gaussian_filter(lines, (0.8, 0.8, 0))
+    film += 1.6 * gaussian_filter(lights, (0.9, 0.9, 0)) + 3.0 * gaussian_filter(lights, (8, 8, 0))
+    film = film.reshape(height, zoom, width, zoom, 3).mean((1, 3))
+    background = np.array([0.012, 0.018, 0.045])
+    levels = 1 - np.exp(-(film + background))  # film saturates: bright things whiten and nothing is cut off
+    levels = (levels**0.75 * 255).round().astype(np.uint8)
+    Image.fromarray(levels).quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="a generator trained before; without it one is trained")
+    parser.add_argument("--steps", type=int, default=6000, help="of training")
+    parser.add_argument("--samples", type=int, default=40000, help="points on the map")
+    parser.add_argument("--curves", type=int, default=1500, help="trajectories drawn")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.checkpoint is None:
+        generator = train(ROOT / "outputs" / "picture", arguments.steps)
+    else:
+        generator = Generator.load(arguments.checkpoint)
+    picture = ROOT / "docs" / "gravity_on_the_map.png"
+    draw(generator, picture, arguments.samples, arguments.curves)
+    print(f"{picture}: {picture.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()

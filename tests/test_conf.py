@@ -1,0 +1,94 @@
+"""Every file of conf/ composes and builds what it promises."""
+
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from diffusion import Generator
+from diffusion.fields import AffineField
+from diffusion.objectives import FieldMatching
+from diffusion.samplers import Sampler
+from diffusion.trainer import Trainer
+
+CONF = Path(__file__).parents[1] / "conf"
+SHAPES = {"digits": [1, 8, 8], "mnist": [1, 28, 28], "cifar10": [3, 32, 32], "toy2d": [2]}
+FILES = sorted(CONF.glob("*/*.yaml"))
+
+
+def read(*overrides, command="train"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(command, overrides=list(overrides))
+
+
+def build(config):
+    return hydra.utils.instantiate(config, _convert_="all")
+
+
+def build_all(config, shape):
+    """Everything but the data, on the meta device: large networks take no memory."""
+    config.shape, config.dim, config.num_classes = shape, torch.Size(shape).numel(), 0
+    OmegaConf.resolve(config)
+    with torch.device("meta"):
+        network = build(config.model)
+    generator = Generator(build(config.field), network, shape)
+    options = {key: value for key, value in config.trainer.items() if key != "devices"}
+    return generator, build(config.objective)(generator), build(config.sampler), build(options)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "experiment").iterdir()))
+def test_every_experiment_builds(name):
+    config = read(f"experiment={name}")
+    generator, objective, sampler, trainer = build_all(config, SHAPES[name.split("_")[0]])
+    kinds = (AffineField, FieldMatching, Sampler, Trainer)
+    assert all(isinstance(*pair) for pair in zip((generator.field, objective, sampler, trainer), kinds, strict=True))
+    with torch.device("meta"):
+        x = torch.zeros(2, *generator.shape)
+        assert generator.network(x, torch.zeros(2, 2)).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.parent.name != "experiment"], ids=lambda path: path.stem
+)
+def test_every_choice_builds_in_the_default_experiment(path):
+    group, name = path.parent.name, path.stem
+    config = read(f"{group}={name}")
+    if group == "data":
+        assert config.data._target_.startswith("diffusion.data.")
+    else:
+        build_all(config, [2] if name == "mlp" else [1, 8, 8])
+
+
+def test_command_line_wins_over_the_experiment():
+    config = read("experiment=digits_flow", "field=pfgmpp", "trainer.steps=7", "data=mnist")
+    assert config.field._target_ == "diffusion.fields.pfgmpp"
+    assert config.trainer.steps == 7
+    assert config.data._target_ == "diffusion.data.torchvision_set"
+
+
+def test_trainer_options_are_the_trainers_own():
+    """The defaults of conf/ and of Python are the same, so that neither can drift."""
+    options = OmegaConf.to_container(read().trainer, resolve=True)
+    options.pop("_target_"), options.pop("devices")
+    assert Trainer(**options) == Trainer()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_file_says_when_to_choose_it(path):
+    first = next(line for line in path.read_text().splitlines() if not line.startswith("# @package"))
+    assert first.startswith("# Choose it ") and first.endswith(".")
+
+
+def test_commands_share_the_samplers():
+    for command in ("sample", "evaluate"):
+        config = read("checkpoint=somewhere", "sampler=adaptive", "sampler.rtol=0.5", command=command)
+        assert build(config.sampler).rtol == 0.5
+
+
+def test_nothing_in_the_package_reads_configurations():
+    sources = [path.read_text() for path in Path(CONF.parent, "diffusion").rglob("*.py")]
+    assert len(sources) > 20
+    assert not any(word in source for source in sources for word in ("import hydra", "from hydra", "omegaconf"))

@@ -1,0 +1,64 @@
+"""Every notebook runs from top to bottom in this interpreter, and prints the figures that its text claims."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """printed(name): everything that the notebook prints; executed once, an error in a cell is an error here."""
+    texts = {}
+
+    def execute(name):
+        if name not in texts:
+            notebook = nbformat.read(FOLDER / name, as_version=4)
+            # No folder of registered kernels: "python3" is then this interpreter and nothing else.
+            kernels = KernelSpecManager(kernel_dirs=[], ensure_native_kernel=True)
+            kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels)
+            resources = {"metadata": {"path": str(tmp_path_factory.mktemp("elsewhere"))}}
+            NotebookClient(notebook, km=kernel, timeout=500, resources=resources).execute()
+            outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+            texts[name] = "".join(output.text for output in outputs if output.get("name") == "stdout")
+        return texts[name]
+
+    return execute
+
+
+def numbers(text, pattern):
+    """The numbers in the one line of `text` that fits `pattern`, where # stands for a number."""
+    found = re.findall(re.escape(pattern).replace(r"\#", r"([-+.\de]+)"), text)
+    assert len(found) == 1, (pattern, text)
+    return [float(number) for number in (found[0] if isinstance(found[0], tuple) else found)]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("*.ipynb")))
+def test_notebook_is_valid_small_and_runs_anywhere(name, printed):
+    nbformat.validate(nbformat.read(FOLDER / name, as_version=4))
+    assert (FOLDER / name).stat().st_size < 300_000
+    assert printed(name)
+
+
+def test_first_steps_prints_what_it_claims(printed):
+    text = printed("first_steps.ipynb")
+    assert "velocity is x_t' = z: True" in text
+    assert numbers(text, "largest |div u| / |grad u|: #")[0] < 1e-14
+    assert "same samples: True" in text
+
+    # Heun(steps): 2 steps - 1 evaluations; the 18-step result is the reference of the changes.
+    assert re.findall(r"Heun: (\d+) evaluations", text) == ["17", "35"]
+    changes = [float(change) for change in re.findall(r"evaluations, median change ([.\d]+)", text)]
+    assert changes[1] == 0 and 0 < changes[2] < changes[0]
+
+    real_distance, real_near = numbers(text, "held-out cities: energy distance #, near a city #")
+    distance, near = numbers(text, "generator: energy distance #, near a city #")
+    gaussian_distance, gaussian_near = numbers(text, "gaussian: energy distance #, near a city #")
+    assert real_distance < distance < 0.1 * gaussian_distance
+    assert gaussian_near + 0.6 * (real_near - gaussian_near) < near < real_near

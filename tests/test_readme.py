@@ -1,0 +1,36 @@
+"""What the README shows is true."""
+
+import re
+import runpy
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def test_python_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("python")
+    assert "steps=2000" in code and "steps=18" in code
+    quick = code.replace("steps=2000", "steps=2").replace("steps=18", "steps=3").replace("e-5", "e-1")
+    (tmp_path / "example.py").write_text(quick)
+    scope = runpy.run_path("example.py")
+    assert scope["images"].shape == scope["velocity"].shape == (64, 1, 8, 8)
+
+
+def test_continuous_integration_runs_the_second_command():
+    lines = (ROOT / ".ci" / "run").read_text().replace('bash -euo pipefail -c "$command"', "")
+    printed = subprocess.run(
+        ["bash", "-s"], input=lines.replace('"$0"', f'"{ROOT}/.ci/run"'), capture_output=True, text=True
+    )
+    assert printed.stdout.strip() == blocks("bash")[1].strip()
+
+
+def test_pictures_and_links_exist():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
