@@ -95,10 +95,11 @@ def launch(processes: int, overrides: list[str]) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    inherited = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
     children = []
     for rank in range(processes):
         own = {key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        children.append(subprocess.Popen([sys.executable, *sys.argv, *overrides], env=os.environ | own))
+        children.append(subprocess.Popen([sys.executable, *sys.argv, *overrides], env=inherited | own))
     status = 0
     while children and status == 0:
         for child in list(children):

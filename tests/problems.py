@@ -1,7 +1,7 @@
 """Problems with exact answers, and the list of fields that every law is checked on. Everything is float64.
 
-A field that joins `FIELDS` inherits all tests under tests/fields and those of the preconditioning and of the training
-times; an affine one also those of the conversions.
+A field that joins `FIELDS` inherits the laws of tests/fields and those of the time grids; an affine one also those of
+the conversions, the preconditioning and the training times.
 """
 
 import math
@@ -74,7 +74,7 @@ FIELDS = [
     FieldCase("pfgmpp", lambda: pfgmpp(2, 128.0), 2, isotropic=True),
     FieldCase("pfgmpp_64", lambda: pfgmpp(64, 128.0), 64, isotropic=True),
     FieldCase("pfgmpp_3.5", lambda: pfgmpp(3, 3.5), 3, isotropic=True),
-    FieldCase("variance_exploding", lambda: variance_exploding(2), 2, isotropic=True),
+    FieldCase("variance_exploding", variance_exploding, 2, isotropic=True),
     FieldCase("variance_exploding_64", variance_exploding, 64, isotropic=True),
     FieldCase("variance_preserving", variance_preserving, 3, isotropic=True),
     FieldCase("linear", linear, 2, isotropic=True),

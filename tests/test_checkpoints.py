@@ -87,7 +87,7 @@ def damage(path, how):
 def test_damaged_tensors_are_named(tmp_path, how):
     checkpoints.write(tmp_path / "x", {"step": 1}, OLD)
     damage(tmp_path / "x" / "model.safetensors", how)
-    with pytest.raises(UserError, match="model.safetensors is damaged") as error:
+    with pytest.raises(UserError, match=r"model.safetensors is damaged") as error:
         checkpoints.read_tensors(tmp_path / "x", "model")
     assert "\n" not in str(error.value)
 
@@ -96,16 +96,16 @@ def test_damaged_tensors_are_named(tmp_path, how):
 def test_damaged_description_is_named(tmp_path, how):
     checkpoints.write(tmp_path / "x", {"step": 1}, OLD)
     damage(tmp_path / "x" / "checkpoint.yaml", how)
-    with pytest.raises(UserError, match="checkpoint.yaml is damaged") as error:
+    with pytest.raises(UserError, match=r"checkpoint.yaml is damaged") as error:
         checkpoints.read_description(tmp_path / "x")
     assert "\n" not in str(error.value)
 
 
 def test_missing_places_say_what_is_expected(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint at .*nowhere; expected a folder such as"):
+    with pytest.raises(UserError, match=r"no checkpoint at .*nowhere; expected a folder such as"):
         checkpoints.read_description(tmp_path / "nowhere")
     checkpoints.write(tmp_path / "checkpoints" / "last", {"step": 1}, OLD)
-    with pytest.raises(UserError, match="is a run, not a checkpoint; use .*last"):
+    with pytest.raises(UserError, match=r"is a run, not a checkpoint; use .*last"):
         checkpoints.read_description(tmp_path)
-    with pytest.raises(UserError, match="has no file training.safetensors"):
+    with pytest.raises(UserError, match=r"has no file training.safetensors"):
         checkpoints.read_tensors(tmp_path / "checkpoints" / "last", "training")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from problems import FIELDS, GaussianMixture, names, point_masses
+from problems import AFFINE, GaussianMixture, names, point_masses
 from scipy import stats
 from torch import nn
 
@@ -72,7 +72,7 @@ class TestNoiseLevels:
         shares = np.floor(64 * law.cdf(self.levels(FIELD["gravity"], t.sort().values, 0.5)) + 1e-3)
         assert (np.abs(shares - np.arange(64)) <= 1).all()
 
-    @pytest.mark.parametrize("case", **names(FIELDS))
+    @pytest.mark.parametrize("case", **names(AFFINE))
     def test_times_of_every_field(self, case):
         field = case.build()
         a, b, c = (NoiseLevels(field, 0.5).draw(100, randomness(seed)) for seed in (0, 0, 1))
