@@ -8,6 +8,7 @@ state of random number generators.
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -297,3 +298,8 @@ class _Run:
                 restored[key] = value if key == "step" else torch.empty_like(parameter).copy_(value)
             self.optimiser.state[parameter] = restored
         self.step, self.best = description["step"], description["best_test_loss"]
+        free = ("device", "checkpoint_every", "log_every")
+        now, then = asdict(self.options), description["trainer"]
+        changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if key not in free and now[key] != then.get(key)]
+        if changed:
+            warnings.warn(f"resuming with other options: {', '.join(changed)}; it is not the same run", stacklevel=2)

@@ -52,13 +52,16 @@ def test_first_steps_prints_what_it_claims(printed):
     assert numbers(text, "largest |div u| / |grad u|: #")[0] < 1e-14
     assert "same samples: True" in text
 
-    # Heun(steps): 2 steps - 1 evaluations; the 18-step result is the reference of the changes.
-    assert re.findall(r"Heun: (\d+) evaluations", text) == ["17", "35"]
-    changes = [float(change) for change in re.findall(r"evaluations, median change ([.\d]+)", text)]
-    assert changes[1] == 0 and 0 < changes[2] < changes[0]
+    assert 0 < numbers(text, "median error of the learned velocity at t = 0.2: # %")[0] < 20
+
+    # Heun(steps) costs 2 steps - 1 evaluations, and comes closer to the adaptive result with more of them.
+    assert re.findall(r"Heun: (\d+) evaluations", text) == ["17", "35", "71"]
+    assert numbers(text, "Adaptive: # evaluations")[0] > 71
+    away = [float(distance) for distance in re.findall(r"Heun: .* median distance from Adaptive ([.\d]+)", text)]
+    assert away[0] > 2 * away[1] > 4 * away[2] > 0
 
     real_distance, real_near = numbers(text, "held-out cities: energy distance #, near a city #")
     distance, near = numbers(text, "generator: energy distance #, near a city #")
     gaussian_distance, gaussian_near = numbers(text, "gaussian: energy distance #, near a city #")
-    assert real_distance < distance < 0.1 * gaussian_distance
-    assert gaussian_near + 0.6 * (real_near - gaussian_near) < near < real_near
+    assert real_distance < distance < 0.4 * gaussian_distance
+    assert gaussian_near + 0.4 * (real_near - gaussian_near) < near < real_near

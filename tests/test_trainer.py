@@ -89,6 +89,13 @@ def test_resumed_run_ends_with_identical_bits(tmp_path, accumulate):
     assert all(torch.equal(value, stored[key]) for key, value in average.state_dict().items())
 
 
+def test_resuming_with_other_options_says_so(tmp_path):
+    options(steps=8).fit(regressor(), denoise, image_data(), tmp_path)
+    with pytest.warns(UserWarning, match="other options: steps 8 -> 16, learning_rate 0.001 -> 0.01; it is not the same"):
+        changed = options(steps=16, learning_rate=0.01, log_every=3)
+        changed.fit(regressor(), denoise, image_data(), tmp_path, resume=tmp_path / "last")
+
+
 def test_whole_run_depends_on_the_seed_and_not_on_the_global_one(tmp_path):
     ends = []
     for seed, noise in [(0, 1), (0, 2), (1, 1)]:
