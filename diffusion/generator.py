@@ -10,19 +10,9 @@ from torch import Tensor, nn
 from diffusion import checkpoints, specs
 from diffusion.errors import UserError
 from diffusion.fields import AffineField, Gaussian, conversions
-from diffusion.fields.base import expand_time
+from diffusion.preconditioning import Preconditioner
 from diffusion.samplers import Heun, generate
 from diffusion.samplers.base import Sampler
-
-
-class Coefficients(NamedTuple):
-    """How the network F is wrapped: denoised = centre + skip y + out F(scale y, noise), with y = x - alpha centre."""
-
-    y: Tensor  # (B, *shape)
-    scale: Tensor  # (B, 1, ...)
-    skip: Tensor  # (B, 1, ...)
-    out: Tensor  # (B, 1, ...)
-    noise: Tensor  # (B, 2)
 
 
 class Prediction(NamedTuple):
@@ -30,51 +20,6 @@ class Prediction(NamedTuple):
 
     target: Tensor  # (B, *shape)
     error: Tensor  # (B, 1, ...): losses are measured in this unit
-
-
-class Preconditioner(nn.Module):
-    """Keeps the network's input and output of unit variance, whatever the base law.
-
-    The argument of EDM (Karras et al. 2022, arXiv 2206.00364, app. B.6): with data of variance std^2 per coordinate
-    about `centre` and noise of scale s in x,
-
-        scale = (alpha^2 std^2 + s^2)^(-1/2)        the network's input has unit variance
-        skip  = alpha std^2 / (alpha^2 std^2 + s^2) the best linear estimate of x0 - centre from y
-        out   = std s (alpha^2 std^2 + s^2)^(-1/2)  the root mean square error of that estimate
-
-    so the network's target (x0 - centre - skip y) / out has unit variance, and a loss in units of `out` weighs every
-    noise level alike. For a Gaussian base s = sigma_t. For a heavy-tailed one the scale of the noise differs from
-    point to point; s is then what x reveals of it (Law.noise_level), from the power of y beyond that of the data. All
-    coefficients are functions of (x, t) alone, so the loss is still least where target = E[x0|x].
-
-    The network is told both s and sigma_t, as log(noise / signal) / 4, limited softly to 1000 and 1/1000 so that
-    sigma_T / alpha_T = infinity and the far tails give finite, nearly constant inputs.
-    """
-
-    LIMIT = 1e-3
-
-    def __init__(self, field: AffineField, centre: Tensor, std: float):
-        super().__init__()
-        self.field = field
-        self.register_buffer("centre", centre.to(torch.float32), persistent=True)
-        self.register_buffer("std", torch.tensor(float(std)), persistent=True)
-
-    def forward(self, x: Tensor, t: Tensor | float) -> Coefficients:
-        field, one = self.field, [1] * (x.dim() - 1)
-        t = expand_time(t, x).expand(len(x), *one)
-        alpha, sigma, std = field.alpha(t), field.sigma(t), self.std.to(x.dtype)
-        y = x - alpha * self.centre.to(x.dtype)
-        signal = alpha * std
-        power = y.square().flatten(1).mean(1).view(-1, *one) - signal.square()
-        level = field.base.noise_level(power, sigma, x[0].numel())
-        total = (signal.square() + level.square()).rsqrt()
-        features = [self._feature(level, signal), self._feature(sigma, signal)]
-        return Coefficients(y, total, signal * std * total.square(), std * level * total, torch.cat(features, dim=1))
-
-    def _feature(self, noise: Tensor, signal: Tensor) -> Tensor:
-        low = self.LIMIT**2
-        ratio = (noise.square() + low * signal.square()) / (signal.square() + low * noise.square())
-        return ratio.log().flatten(1) / 8
 
 
 @specs.recorded
@@ -93,17 +38,12 @@ class Generator(nn.Module):
         super().__init__()
         self.field, self.network, self.shape = field, network, tuple(shape)
         self.num_classes = network.num_classes
-        self.precondition = Preconditioner(field, torch.zeros(self.shape), 1.0)
+        self.precondition = Preconditioner(field, self.shape)
 
     def calibrate(self, x0: Tensor) -> "Generator":
-        """Take the centre and the spread of the data, on which the preconditioning rests, from a sample (N, *shape)."""
+        """Take the moments of the data, on which the preconditioning rests, from a sample (N, *shape) of it."""
         self._check(x0)
-        centre = x0.double().mean(0)
-        std = (x0.double() - centre).square().mean().sqrt()
-        if not std > 0:
-            raise UserError("all data points are equal, expected a data set with some variation")
-        self.precondition.centre.copy_(centre)
-        self.precondition.std.copy_(std)
+        self.precondition.calibrate(x0)
         return self
 
     def forward(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Prediction:

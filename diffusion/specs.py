@@ -13,7 +13,7 @@ from typing import Any
 
 from diffusion.errors import UserError
 
-TRUSTED = ("diffusion",)
+TRUSTED = ("diffusion.data", "diffusion.fields", "diffusion.generator", "diffusion.networks")
 
 
 def recorded(build: Callable) -> Callable:
@@ -76,7 +76,7 @@ def _storable(value: Any) -> bool:
 
 
 def build(spec: Any, trust: Sequence[str] = TRUSTED) -> Any:
-    """Build the object that `spec` describes, importing only from the packages named in `trust`.
+    """Build the object that `spec` describes, from classes and functions defined in the modules `trust` or below.
 
     Raises:
         UserError: the target is outside `trust`, does not exist, or refuses its arguments.
@@ -85,12 +85,19 @@ def build(spec: Any, trust: Sequence[str] = TRUSTED) -> Any:
         return [build(item, trust) for item in spec]
     if not isinstance(spec, Mapping) or "_target_" not in spec:
         return spec
-    target = spec["_target_"]
-    if not isinstance(target, str) or target.split(".")[0] not in trust:
-        raise UserError(f"specification names {target!r}, expected something from {', '.join(trust)}")
-    module, _, name = target.rpartition(".")
     arguments = {key: build(value, trust) for key, value in spec.items() if key != "_target_"}
+    target = str(spec["_target_"])
+    module, _, name = target.rpartition(".")
+    if not _within(module, trust):
+        raise UserError(f"specification names {target!r}, expected something from {', '.join(trust)}")
     try:
-        return getattr(importlib.import_module(module), name)(**arguments)
+        found = getattr(importlib.import_module(module), name)
+        if not _within(found.__module__, trust):
+            raise UserError(f"specification names {target!r}, which belongs to {found.__module__}, not to this package")
+        return found(**arguments)
     except (ImportError, AttributeError, TypeError) as error:
         raise UserError(f"cannot build {target}: {error}; was it written by another version?") from error
+
+
+def _within(module: str, trust: Sequence[str]) -> bool:
+    return any(f"{module}.".startswith(f"{trusted}.") for trusted in trust)

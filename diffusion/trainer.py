@@ -300,6 +300,8 @@ class _Run:
         self.step, self.best = description["step"], description["best_test_loss"]
         free = ("device", "checkpoint_every", "log_every")
         now, then = asdict(self.options), description["trainer"]
-        changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if key not in free and now[key] != then.get(key)]
+        changed = [
+            f"{key} {then.get(key)} -> {now[key]}" for key in now if key not in free and now[key] != then.get(key)
+        ]
         if changed:
             warnings.warn(f"resuming with other options: {', '.join(changed)}; it is not the same run", stacklevel=2)

@@ -27,11 +27,12 @@ from diffusion import Generator
 from diffusion.data import cities
 from diffusion.fields import gravity
 from diffusion.networks import MLP
-from diffusion.objectives import Batch, FieldMatching
+from diffusion.objectives import FieldMatching
 from diffusion.samplers import Heun
 from diffusion.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
+COLOURS = 64  # of the PNG, which keeps it small
 
 
 class WaveMLP(nn.Module):
@@ -51,31 +52,12 @@ class WaveMLP(nn.Module):
         return self.last(self.body(torch.cat([x, phases.cos(), phases.sin()], 1), noise, label))
 
 
-class MapMatching(FieldMatching):
-    """Field matching with losses in units of the error that gravity leaves in the plane.
-
-    A heavy-tailed label can come from any city: where t is small, x0 given x has a variance of about t std, beyond the
-    t^2 of the preconditioner, and without its share of the unit those times would drown all others.
-    """
-
-    def __init__(self, generator: Generator, mean: float, std: float):
-        super().__init__(generator, mean, std)
-        self.data_std = float(generator.precondition.std)
-
-    def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
-        t = self.times.draw(len(batch.x), batch.generator).to(batch.x)
-        z = self.field.draw(batch.x.shape, batch.generator, dtype=batch.x.dtype)
-        prediction = network(self.field.transport(batch.x, z, t), t)
-        hidden = (self.data_std**2 * t / (t + self.data_std)).unsqueeze(1)
-        return (prediction.target - batch.x).square() / (prediction.error.square() + hidden)
-
-
 def train(folder: Path, steps: int) -> Generator:
     """A gravity generator of the inhabited places of the world, with at least 5000 inhabitants each."""
     places, _, _ = cities()
     torch.manual_seed(0)
     generator = Generator(gravity(dim=2), WaveMLP(), (2,)).calibrate(places.values)
-    objective = MapMatching(generator, mean=-1.5, std=1.8)  # fine structure needs low noise levels
+    objective = FieldMatching(generator, mean=-1.5, std=1.8)  # fine structure needs low noise levels
     trainer = Trainer(
         steps=steps, batch_size=1024, learning_rate=3e-3, device="cpu", checkpoint_every=steps, log_every=100
     )
@@ -107,7 +89,7 @@ def trajectories(generator: Generator, number: int, sampler: Heun, seed: int = 0
 class Camera:
     """A pinhole above the south of the map that looks down on it; turns (x, y, height) into pixels."""
 
-    def __init__(self, width: int, height: int, eye=(0.0, -4.3, 3.7), aim=(0.0, 0.02, 0.33), focal: float = 1.62):
+    def __init__(self, width: int, height: int, eye=(-0.25, -2.6, 5.6), aim=(-0.25, -0.22, 0.0), focal: float = 1.58):
         self.width, self.height, self.eye = width, height, np.array(eye)
         forward = np.array(aim) - self.eye
         forward /= np.linalg.norm(forward)
@@ -146,8 +128,7 @@ def draw_curves(camera: Camera, paths: Paths, top: float, dots: int) -> np.ndarr
     """Light of the trajectories below the height `top`: cold and faint far up, warm where they land."""
     order = np.argsort(paths.times.numpy())
     heights, states = paths.times.numpy()[order], paths.states.numpy()[order]
-    # Evenly spaced in t^(1/2): lines bend most where they are close to the map.
-    t = top * np.linspace(0, 1, dots) ** 2
+    t = top * np.linspace(0, 1, dots) ** 1.5  # lines bend most where they are close to the map
     right = np.searchsorted(heights, t).clip(1, len(heights) - 1)
     weight = ((t - heights[right - 1]) / (heights[right] - heights[right - 1]))[:, None, None]
     places = states[right - 1] * (1 - weight) + states[right] * weight  # (dots, N, 2)
@@ -155,33 +136,34 @@ def draw_curves(camera: Camera, paths: Paths, top: float, dots: int) -> np.ndarr
     # Dots of equal light would be bright where they crowd; light by length on film makes even lines.
     film = np.stack([camera(p)[0] for p in points])
     length = np.linalg.norm(np.gradient(film, axis=0), axis=2)
-    near = (1 - np.sqrt(t / top))[:, None]
-    cold, warm = np.array([0.16, 0.42, 1.0]), np.array([1.0, 0.55, 0.22])
+    near = (1 - np.sqrt(t / top))[:, None]  # 1 on the map, 0 at the top
+    cold, warm = np.array([0.08, 0.30, 1.0]), np.array([1.0, 0.42, 0.16])
     colour = cold + (warm - cold) * near[..., None] ** 2
-    strength = (0.05 + 0.95 * near**2) * np.clip((1 - t / top) * 4, 0, 1)[:, None]
-    light = (np.nan_to_num(length).clip(0, 20) * strength)[..., None] * colour
+    strength = np.clip(near, 0.02, 1) * np.clip((1 - t / top) * 2, 0, 1)[:, None]
+    length *= np.clip((4 - length) / 3, 0, 1)  # wider gaps, close to the camera, would show as dots
+    light = (length * strength)[..., None] * colour
     return expose(camera, points.reshape(-1, 3), light.reshape(-1, 3))
 
 
 def draw_map(camera: Camera, places: np.ndarray) -> np.ndarray:
     """Light of the ends of trajectories, (N, 2), on the plane t = 0."""
     points = np.concatenate([places, np.zeros((len(places), 1))], 1)
-    return expose(camera, points, np.broadcast_to([1.0, 0.80, 0.45], points.shape))
+    return expose(camera, points, np.broadcast_to([1.0, 0.74, 0.36], points.shape))
 
 
 def draw(generator: Generator, path: Path, number: int, curves: int, width: int = 1600, height: int = 900) -> None:
     paths = trajectories(generator, number, Heun(steps=40))
     zoom = 2  # drawn twice as large and averaged, so that lines are smooth
     camera = Camera(zoom * width, zoom * height)
-    lines = draw_curves(camera, Paths(paths.times, paths.states[:, :curves]), top=1.5, dots=700)
+    lines = draw_curves(camera, Paths(paths.times, paths.states[:, :curves]), top=1.6, dots=2000)
     lights = draw_map(camera, paths.states[-1].numpy())
-    film = 0.10 * gaussian_filter(lines, (0.8, 0.8, 0))
-    film += 1.6 * gaussian_filter(lights, (0.9, 0.9, 0)) + 3.0 * gaussian_filter(lights, (8, 8, 0))
+    film = 0.6 * gaussian_filter(lines, (0.8, 0.8, 0))
+    film += 1.6 * gaussian_filter(lights, (0.9, 0.9, 0)) + 2.0 * gaussian_filter(lights, (6, 6, 0))
     film = film.reshape(height, zoom, width, zoom, 3).mean((1, 3))
-    background = np.array([0.012, 0.018, 0.045])
+    background = np.array([0.006, 0.010, 0.030])
     levels = 1 - np.exp(-(film + background))  # film saturates: bright things whiten and nothing is cut off
     levels = (levels**0.75 * 255).round().astype(np.uint8)
-    Image.fromarray(levels).quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+    Image.fromarray(levels).quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def main() -> None:
@@ -189,7 +171,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="a generator trained before; without it one is trained")
     parser.add_argument("--steps", type=int, default=7000, help="of training")
     parser.add_argument("--samples", type=int, default=40000, help="points on the map")
-    parser.add_argument("--curves", type=int, default=1500, help="trajectories drawn")
+    parser.add_argument("--curves", type=int, default=900, help="trajectories drawn")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.checkpoint is None:

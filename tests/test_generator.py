@@ -10,9 +10,9 @@ from torch import nn
 
 from diffusion import Generator, checkpoints, specs
 from diffusion.fields import AffineField, StudentT, gravity, linear, pfgmpp, variance_exploding
-from diffusion.generator import Preconditioner
 from diffusion.networks import MLP
 from diffusion.objectives import NoiseLevels
+from diffusion.preconditioning import Preconditioner
 from diffusion.samplers import Heun
 
 DIM, STD = 64, 0.5
@@ -29,10 +29,18 @@ def normal_data(field, t, number=4000):
     return x0, centre, field.transport(x0, field.draw(x0.shape, randomness, dtype=torch.float64), t)
 
 
+def preconditioner(field, centre):
+    """Of normal data about `centre` with STD in each coordinate."""
+    precondition = Preconditioner(field, centre.shape)
+    precondition.centre.copy_(centre)
+    precondition.std.fill_(STD)
+    return precondition
+
+
 def network_input_and_target(field, t):
     """What the network sees and what it is to answer, for normal data: (number, 64) each."""
     x0, centre, x = normal_data(field, t)
-    precondition = Preconditioner(field, centre, STD)
+    precondition = preconditioner(field, centre)
     c = precondition(x, t)
     return c.scale * c.y, (x0 - precondition.centre - c.skip * c.y) / c.out
 
@@ -78,33 +86,29 @@ class TestPreconditioner:
                 assert float(values.square().mean()) == pytest.approx(1, abs=0.03)
 
     @pytest.mark.parametrize("name", HEAVY)
-    def test_heavy_tails_keep_the_input_and_the_target_of_order_one(self, name):
-        """Noise below sigma is taken for sigma, hence an input of a little less than unit variance, never more. The
-        target is within 10 % of unit variance where the noise is not much smaller than the data."""
+    def test_heavy_tails_keep_the_input_and_the_target_at_unit_variance(self, name):
+        """Within 3 % for the input and 25 % for the target, of which a few points have much of the variance."""
         field = HEAVY[name]
         for t in times(field, 7).tolist():
             value, target = network_input_and_target(field, t)
-            assert 0.8 < value.square().mean() < 1.02
+            assert float(value.square().mean()) == pytest.approx(1, abs=0.03)
             assert value.square().mean(1).max() < 2
-            if t > 0.5 * STD:
-                assert float(target.square().mean()) == pytest.approx(1, abs=0.1)
-                assert target.square().mean(1).max() < 3
+            assert float(target.square().mean()) == pytest.approx(1, abs=0.25)
 
-    @pytest.mark.parametrize("name", ["D=1.0", "D=3.5", "D=128.0"])
-    def test_mean_loss_of_a_fresh_network_is_of_order_one_in_training(self, name):
-        """Over the law of the training times, within 20 %: where the noise is small beside the data, a point reveals
-        little of its noise, and the target's variance leaves 1 (0.6 for D = 128, 40 for D = 1 at t_min)."""
+    @pytest.mark.parametrize("name", HEAVY)
+    def test_mean_loss_of_a_fresh_network_is_one_in_training(self, name):
+        """Over the law of the training times."""
         field = HEAVY[name]
         t = NoiseLevels(field, STD).draw(4000, torch.Generator().manual_seed(0))
         value, target = network_input_and_target(field, t)
-        assert 0.8 < value.square().mean() < 1.02
-        assert float(target.square().mean()) == pytest.approx(1, abs=0.2)
+        assert float(value.square().mean()) == pytest.approx(1, abs=0.03)
+        assert float(target.square().mean()) == pytest.approx(1, abs=0.05)
 
     @pytest.mark.parametrize("case", **names(AFFINE))
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_extremes_give_finite_coefficients(self, case, dtype):
         field = case.build()
-        precondition = Preconditioner(field, torch.zeros(case.dim), STD)
+        precondition = preconditioner(field, torch.zeros(case.dim))
         x = torch.ones(5, case.dim, dtype=dtype) * torch.tensor([0, 1e-6, 1, 1e6, 1e9], dtype=dtype)[:, None]
         for t in (field.t_min, field.horizon, torch.full((5,), field.horizon, dtype=dtype)):
             c = precondition(x, t)
@@ -120,14 +124,14 @@ class TestPreconditioner:
         field = gravity(DIM)
         x = torch.randn(3, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         x = 40 * x / x.square().mean(1, keepdim=True).sqrt()
-        c = Preconditioner(field, torch.zeros(DIM), STD)(x, 0.25)
+        c = preconditioner(field, torch.zeros(DIM))(x, 0.25)
         assert c.noise[:, 0].tolist() == pytest.approx([math.log(40 / STD) / 4] * 3, rel=0.01)
         assert c.noise[:, 1].tolist() == pytest.approx([math.log(0.5) / 4] * 3, rel=1e-5)
 
     def test_coefficients_of_edm(self):
         """Karras et al. 2022, table 1, for data without a mean."""
         t = torch.tensor([0.01, 0.5, 3.0], dtype=torch.float64)
-        c = Preconditioner(variance_exploding(), torch.zeros(4), STD)(torch.ones(3, 4, dtype=torch.float64), t)
+        c = preconditioner(variance_exploding(), torch.zeros(4))(torch.ones(3, 4, dtype=torch.float64), t)
         total = t**2 + STD**2
         torch.testing.assert_close(c.scale[:, 0], total.rsqrt())
         torch.testing.assert_close(c.skip[:, 0], STD**2 / total)
@@ -135,7 +139,7 @@ class TestPreconditioner:
 
     def test_each_point_has_its_own_coefficients(self):
         field = gravity(DIM)
-        precondition = Preconditioner(field, torch.ones(DIM), STD)
+        precondition = preconditioner(field, torch.ones(DIM))
         _, _, x = normal_data(field, 1.0, 6)
         t = times(field, 6)
         together = precondition(x, t)
@@ -201,7 +205,7 @@ class TestCalibrate:
         assert float(generator.precondition.std) == pytest.approx(0.3, rel=0.05)  # about the centre of each coordinate
 
     def test_data_without_variation_is_refused(self, user_error):
-        with user_error("all data points are equal"):
+        with user_error("do not vary"):
             small_generator().calibrate(torch.ones(5, 2, 2))
 
     def test_data_of_another_shape_is_refused(self, user_error):

@@ -70,7 +70,7 @@ class AffineField(Field):
 
     def schedule(self, x: Tensor, t: Tensor | float) -> Schedule:
         """alpha, sigma and their derivatives at `t`, shaped to broadcast against `x`."""
-        t = expand_time(t, x)
+        t = expand_time(t, x).contiguous()  # jvp writes to the memory of an expanded time
         one = torch.ones_like(t)
         with warnings.catch_warnings():  # the first jvp of a process makes torch warn of its own use of torch.jit
             warnings.simplefilter("ignore", FutureWarning)
@@ -126,9 +126,9 @@ def gravity(dim: int, horizon: float = 80.0, t_min: float = 0.002) -> AffineFiel
     - The horizon follows from information, not from variances. The prior ignores x0; what that costs is
       KL(p_T(.|x0) || prior), to second order |x0|^2 / (2 T^2) (d + D) / (d + D + 2) for every D: heavy tails do not
       change it. T = 80 costs 3e-3 nats at |x0|^2 = 40 (8x8 images), 0.06 at 770 (32x32 colour images in [-1, 1]).
-    - What the network sees, its skip connection and the weight of its loss come from the noise level that x itself
-      reveals (StudentT.noise_level): the noise has scale t R with R drawn anew for each point, and t alone is wrong by
-      the factor R, which exceeds 100 in about 1 % of draws. See generator.Preconditioner.
+    - What the network sees, its skip connection and the unit of its loss come from the noise level that x itself
+      reveals: the noise has scale t R with R drawn anew for each point, and t alone is wrong by the factor R, which
+      exceeds 100 in about 1 % of draws (Law.scales, preconditioning.Preconditioner).
     - The loss weight is a function of (x, t) only, never of z. Given (x, t), a weight that knew R would favour some
       x0 over others, and the regression would not end at E[x0|x].
 

@@ -44,4 +44,6 @@ class LogGrid(Grid):
 
     def __call__(self, field: Field, points: int) -> Tensor:
         ends = torch.tensor([field.horizon, field.t_min], dtype=torch.float64).log()
-        return torch.linspace(*ends.tolist(), points, dtype=torch.float64).exp()
+        times = torch.linspace(*ends.tolist(), points, dtype=torch.float64).exp()
+        times[-1], times[0] = field.t_min, field.horizon
+        return times

@@ -102,48 +102,27 @@ def test_standard_deviation_of_student_t():
     assert StudentT(5.0, 3).std == pytest.approx(stats.t(5).std())
 
 
-class TestNoiseLevel:
-    """sigma R from the radius alone, never below sigma."""
+class TestScales:
+    """z as a Gaussian whose scale is drawn first."""
 
-    SIGMA = 0.3
-
-    def levels(self, dof, dim, number=20000):
-        """R, and what the law makes of the power of sigma z, in units of sigma."""
-        randomness = torch.Generator().manual_seed(0)
-        gamma = torch.distributions.Gamma(dof / 2, dof / 2)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            R = gamma.sample((number,)).double().rsqrt()
-        z = R[:, None] * torch.randn(number, dim, generator=randomness, dtype=torch.float64)
-        sigma = torch.full((number,), self.SIGMA, dtype=torch.float64)
-        return R, StudentT(dof, dim).noise_level((sigma[:, None] * z).square().mean(1), sigma, dim) / self.SIGMA
-
-    @pytest.mark.parametrize("dim", [64, 1024])
-    @pytest.mark.parametrize("dof", [1.0, 3.5])
-    def test_large_levels_are_read_off_to_the_stated_error(self, dof, dim):
-        R, level = self.levels(dof, dim)
-        error = (level / R).log()[R > 3]
-        assert error.square().mean().sqrt() * math.sqrt(2 * dim) == pytest.approx(1, abs=0.15)
-
-    def test_no_level_is_below_the_scale_of_the_law(self):
-        R, level = self.levels(1.0, 64)
-        assert level.min() == 1
-        assert (level[R < 0.5] == 1).all()
-
-    def test_the_level_is_sigma_where_the_law_is_nearly_gaussian(self):
-        _, level = self.levels(1e6, 64)
-        assert (level - 1).abs().max() < 1e-4
-
-    def test_power_can_be_negative_or_zero(self):
-        power, sigma = torch.tensor([-1.0, 0.0, 1e30]), torch.full((3,), self.SIGMA)
-        level = StudentT(1.0, 8).noise_level(power, sigma, 8)
-        assert level[:2].tolist() == pytest.approx([self.SIGMA] * 2)
-        assert level[2] == pytest.approx(math.sqrt(1e30 * 8 / 9))
+    @pytest.mark.parametrize("dim", [1, 8, 64])
+    @pytest.mark.parametrize("dof", [0.5, 1.0, 3.5, 128.0, 2048.0])
+    def test_mixture_of_the_scales_is_the_law(self, dof, dim):
+        """The density, at radii beyond which lies 1e-4 of it on either side."""
+        law = StudentT(dof, dim)
+        levels = torch.logspace(-4, 0, 26, dtype=torch.float64)[:-1]
+        radii = torch.from_numpy(stats.f(dim, dof).ppf(torch.cat([levels, 1 - levels]))).sqrt()
+        z = radii[:, None].expand(-1, dim)
+        R, log_weight = law.scales
+        gaussian = -0.5 * z.square().sum(1, keepdim=True) / R**2 - dim * (R.log() + 0.5 * math.log(2 * math.pi))
+        mixture = (gaussian + log_weight).logsumexp(1)
+        torch.testing.assert_close(mixture, law.log_prob(z), rtol=0, atol=1e-3)
+        assert log_weight.exp().sum().item() == pytest.approx(1)
 
     @pytest.mark.parametrize("law", [Gaussian(), Product(Laplace(0.0, 0.7)), Logistic()])
-    def test_laws_with_a_variance_say_what_sigma_says(self, law):
-        power, sigma = torch.tensor([0.0, 100.0]), torch.tensor([0.5, 2.0])
-        torch.testing.assert_close(law.noise_level(power, sigma, 3), sigma * law.std)
+    def test_laws_with_a_variance_have_one_scale(self, law):
+        assert law.scales.value.tolist() == [law.std]
+        assert law.scales.log_weight.tolist() == [0]
 
 
 @pytest.mark.parametrize("dof", [0.0, -1.0, math.inf, math.nan])
