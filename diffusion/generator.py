@@ -94,7 +94,7 @@ class Generator(nn.Module):
         sampler: Sampler | None = None,
         seed: int = 0,
         label: Tensor | int | None = None,
-        batch_size: int | None = None,
+        batch_size: int = 1024,
         progress: bool = False,
     ) -> Tensor:
         """`number` samples (number, *shape), float32 on the CPU; images are in [-1, 1] up to the network's error.

@@ -252,9 +252,11 @@ class _Run:
     @torch.no_grad()
     def _test_loss(self) -> float:
         """The objective of the averaged weights on held-out examples, with the same randomness each time."""
-        order = torch.arange(min(self.options.test_examples, len(self.test_data))).split(self.options.batch_size)
+        seed = derive_seed(self.options.seed, "test")
+        order = torch.randperm(len(self.test_data), generator=torch.Generator().manual_seed(seed))
+        parts = order[: self.options.test_examples].split(self.options.batch_size)
         randomness, total, count = self._randomness("test"), 0.0, 0
-        for examples in self.test_data.batches(order):
+        for examples in self.test_data.batches(parts):
             loss = self.objective(self.ema.module, Batch(*examples, randomness))
             total, count = total + loss.mean().item() * len(examples.x), count + len(examples.x)
         return total / count

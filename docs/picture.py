@@ -1,6 +1,6 @@
 """The picture of the README: gravity pulling points onto the map of the world.
 
-    python docs/picture.py                                  train about 6 minutes on one core, then draw
+    python docs/picture.py                                  train about 5 minutes on one core, then draw for 2
     python docs/picture.py --checkpoint outputs/picture     draw with the generator of an earlier run
 
 Needs `pip install -e ".[cities]"`. Writes docs/gravity_on_the_map.png and keeps the generator in outputs/picture.
@@ -32,7 +32,6 @@ from diffusion.samplers import Heun
 from diffusion.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
-COLOURS = 64  # of the PNG, which keeps it small
 
 
 class WaveMLP(nn.Module):
@@ -77,19 +76,22 @@ class Paths(NamedTuple):
 def trajectories(generator: Generator, number: int, sampler: Heun, seed: int = 0) -> Paths:
     """`number` whole trajectories from the prior to the map, the last state at t = 0."""
     field = generator.field
-    x = field.sample_prior((number, 2), torch.Generator().manual_seed(seed), dtype=torch.float64)
-    times, states = sampler.grid(field, sampler.steps), [x]
-    for t, t_next in itertools.pairwise(times):
-        states.append(sampler.step(generator.velocity, states[-1], t, t_next))
-    x, t_min = states[-1], times[-1]
-    states.append(field.endpoint(x, t_min, generator.velocity(x, t_min)))
-    return Paths(torch.cat([times, times.new_zeros(1)]), torch.stack(states))
+    x_T = field.sample_prior((number, 2), torch.Generator().manual_seed(seed), dtype=torch.float64)
+    times, parts = sampler.grid(field, sampler.steps), []
+    for x in x_T.split(1000):
+        states = [x]
+        for t, t_next in itertools.pairwise(times):
+            states.append(sampler.step(generator.velocity, states[-1], t, t_next))
+        velocity = generator.velocity(states[-1], times[-1])
+        states.append(field.endpoint(states[-1], times[-1], velocity))
+        parts.append(torch.stack(states))
+    return Paths(torch.cat([times, times.new_zeros(1)]), torch.cat(parts, 1))
 
 
 class Camera:
     """A pinhole above the south of the map that looks down on it; turns (x, y, height) into pixels."""
 
-    def __init__(self, width: int, height: int, eye=(-0.25, -2.6, 5.6), aim=(-0.25, -0.22, 0.0), focal: float = 1.58):
+    def __init__(self, width: int, height: int, eye=(-0.25, -2.6, 5.6), aim=(-0.25, -0.13, 0.0), focal: float = 1.58):
         self.width, self.height, self.eye = width, height, np.array(eye)
         forward = np.array(aim) - self.eye
         forward /= np.linalg.norm(forward)
@@ -151,19 +153,28 @@ def draw_map(camera: Camera, places: np.ndarray) -> np.ndarray:
     return expose(camera, points, np.broadcast_to([1.0, 0.74, 0.36], points.shape))
 
 
-def draw(generator: Generator, path: Path, number: int, curves: int, width: int = 1600, height: int = 900) -> None:
+def draw(generator: Generator, path: Path, number: int, curves: int, width: int = 1600, height: int = 740) -> None:
     paths = trajectories(generator, number, Heun(steps=40))
     zoom = 2  # drawn twice as large and averaged, so that lines are smooth
     camera = Camera(zoom * width, zoom * height)
     lines = draw_curves(camera, Paths(paths.times, paths.states[:, :curves]), top=1.6, dots=2000)
     lights = draw_map(camera, paths.states[-1].numpy())
-    film = 0.6 * gaussian_filter(lines, (0.8, 0.8, 0))
-    film += 1.6 * gaussian_filter(lights, (0.9, 0.9, 0)) + 2.0 * gaussian_filter(lights, (6, 6, 0))
+    film = 0.7 * gaussian_filter(lines, (0.8, 0.8, 0))
+    film += 1.4 * gaussian_filter(lights, (0.9, 0.9, 0)) + 1.5 * gaussian_filter(lights, (6, 6, 0))
     film = film.reshape(height, zoom, width, zoom, 3).mean((1, 3))
     background = np.array([0.006, 0.010, 0.030])
     levels = 1 - np.exp(-(film + background))  # film saturates: bright things whiten and nothing is cut off
     levels = (levels**0.75 * 255).round().astype(np.uint8)
-    Image.fromarray(levels).quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    small_png(levels).save(path, optimize=True)
+
+
+def small_png(levels: np.ndarray, colours: int = 72) -> Image.Image:
+    """The picture with a palette chosen for bright and for dark pixels apart: the few bright ones are what one sees."""
+    bright = levels.max(2) > 60
+    palettes = [Image.fromarray(levels[part][None]).quantize(colours // 2) for part in (bright, ~bright)]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([value for each in palettes for value in each.getpalette()[: 3 * (colours // 2)]])
+    return Image.fromarray(levels).quantize(palette=palette, dither=Image.Dither.NONE)
 
 
 def main() -> None:
@@ -171,7 +182,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="a generator trained before; without it one is trained")
     parser.add_argument("--steps", type=int, default=7000, help="of training")
     parser.add_argument("--samples", type=int, default=40000, help="points on the map")
-    parser.add_argument("--curves", type=int, default=900, help="trajectories drawn")
+    parser.add_argument("--curves", type=int, default=800, help="trajectories drawn")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.checkpoint is None:

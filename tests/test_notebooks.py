@@ -52,7 +52,7 @@ def test_first_steps_prints_what_it_claims(printed):
     assert numbers(text, "largest |div u| / |grad u|: #")[0] < 1e-14
     assert "same samples: True" in text
 
-    assert 0 < numbers(text, "median error of the learned velocity at t = 0.2: # %")[0] < 20
+    assert 0 < numbers(text, "median error of the learned velocity at t = 0.2: # %")[0] < 30
 
     # Heun(steps) costs 2 steps - 1 evaluations, and comes closer to the adaptive result with more of them.
     assert re.findall(r"Heun: (\d+) evaluations", text) == ["17", "35", "71"]
@@ -63,5 +63,5 @@ def test_first_steps_prints_what_it_claims(printed):
     real_distance, real_near = numbers(text, "held-out cities: energy distance #, near a city #")
     distance, near = numbers(text, "generator: energy distance #, near a city #")
     gaussian_distance, gaussian_near = numbers(text, "gaussian: energy distance #, near a city #")
-    assert real_distance < distance < 0.4 * gaussian_distance
-    assert gaussian_near + 0.4 * (real_near - gaussian_near) < near < real_near
+    assert real_distance < distance < 0.3 * gaussian_distance
+    assert gaussian_near + 0.3 * (real_near - gaussian_near) < near < real_near

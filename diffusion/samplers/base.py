@@ -111,7 +111,7 @@ def generate(
     sampler: Sampler,
     seed: int = 0,
     label: Tensor | None = None,
-    batch_size: int | None = None,
+    batch_size: int = 1024,
     progress: bool = False,
 ) -> Tensor:
     """`size` = (N, *shape) samples, float32 on the CPU.
@@ -121,18 +121,18 @@ def generate(
 
     Args:
         label: (N,) classes, for a conditional model.
-        batch_size: samples in memory at a time; all of them unless given.
+        batch_size: samples in memory at a time.
     """
     number = size[0]
-    if number < 1 or (batch_size is not None and batch_size < 1):
+    if number < 1 or batch_size < 1:
         raise UserError(f"cannot draw {number} samples in batches of {batch_size}; expected positive numbers")
     randomness = torch.Generator().manual_seed(seed)
     one = (1, *size[1:])
     x_T = torch.cat([model.field.sample_prior(one, randomness, dtype=torch.float64) for _ in range(number)])
     done = []
     with tqdm(total=number, unit="samples", disable=not progress, leave=False) as bar:
-        for start in range(0, number, batch_size or number):
-            part = slice(start, start + (batch_size or number))
+        for start in range(0, number, batch_size):
+            part = slice(start, start + batch_size)
             x = x_T[part].to(device=model.device, dtype=state_dtype(model.device))
             conditions = {} if label is None else {"label": label[part].to(model.device)}
             done.append(sampler(model, x, **conditions).to(device="cpu", dtype=torch.float32))
