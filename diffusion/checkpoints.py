@@ -32,7 +32,9 @@ def write(folder: str | Path, description: Mapping, tensors: Mapping[str, Mappin
             # Bytes first: a failed write then is an OSError of ours, with its errno.
             plain = {key: value.detach().cpu().contiguous().clone() for key, value in entries.items()}
             _flush(fresh / f"{name}.safetensors", safetensors.torch.save(plain))
-        _flush(fresh / "checkpoint.yaml", yaml.safe_dump(dict(description), sort_keys=False).encode())
+        # The last line shows readers that none is missing.
+        content = yaml.safe_dump({**description, "complete": True}, sort_keys=False)
+        _flush(fresh / "checkpoint.yaml", content.encode())
         shutil.rmtree(earlier, ignore_errors=True)
         if folder.exists():
             folder.rename(earlier)
@@ -75,8 +77,8 @@ def read_description(folder: str | Path) -> dict:
         description = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"checkpoint file {path} is damaged ({_one_line(error)}); use another checkpoint") from error
-    if not isinstance(description, dict):
-        raise UserError(f"checkpoint file {path} is damaged (no mapping inside); use another checkpoint")
+    if not isinstance(description, dict) or description.pop("complete", None) is not True:
+        raise UserError(f"checkpoint file {path} is damaged (its end is missing); use another checkpoint")
     return description
 
 

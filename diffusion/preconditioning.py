@@ -57,8 +57,8 @@ class Preconditioner(nn.Module):
         super().__init__()
         self.field = field
         scales = field.base.scales
-        self.register_buffer("scales", scales.value, persistent=False)
-        self.register_buffer("log_weight", scales.log_weight, persistent=False)
+        self.register_buffer("scales", scales.value.float(), persistent=False)
+        self.register_buffer("log_weight", scales.log_weight.float(), persistent=False)
         self.register_buffer("centre", torch.zeros(shape))
         self.register_buffer("std", torch.tensor(1.0))
         self.register_buffer("power_shape", torch.tensor(0.5 * self.centre.numel()))

@@ -7,6 +7,7 @@ state of random number generators.
 
 import contextlib
 import math
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -151,16 +152,19 @@ class _Run:
         self.module.to(self.device).train()
         self.ema = EMA(self.module, options.ema_decay)
         self.parameters = list(self.module.parameters())
+        fused = self.device.type in ("cpu", "cuda")
+        self.step_device = self.device if fused else "cpu"
         self.optimiser = torch.optim.AdamW(
             self.parameters,
             lr=options.learning_rate,
             betas=(0.9, 0.99),
             weight_decay=options.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
+            fused=fused,
         )
         self.network = self.accelerator.prepare_model(self.module)
         self.data = self.data.to(self.device)
-        self.test_data = self.test_data and self.test_data.to(self.device)
+        if self.test_data is not None:
+            self.test_data = self.test_data.to(self.device)
         self.bad_step = torch.full((), -1, device=self.device)
 
     def go(self, resume: str | Path | None) -> nn.Module:
@@ -268,8 +272,8 @@ class _Run:
                 test_loss = self._test_loss()
                 self._log({"test_loss": test_loss})
                 if test_loss < self.best:
-                    self.best, names = test_loss, ["last", "best"]
-            for name in names:
+                    self.best, names = test_loss, ["best", "last"]
+            for name in names:  # `last` is written last: a run killed in between comes here again
                 self._save(self.folder / name)
             for callback in self.callbacks:
                 callback(self.step, self.ema.module)
@@ -296,10 +300,14 @@ class _Run:
             restored = {}
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 value = state[f"optimiser.{key}.{name}"]
-                # In the parameter's own memory layout, on which fused kernels rely.
-                restored[key] = value if key == "step" else torch.empty_like(parameter).copy_(value)
+                # Fused kernels want the moments in the parameter's own memory layout, and the step on its device.
+                place = torch.empty((), device=self.step_device) if key == "step" else torch.empty_like(parameter)
+                restored[key] = place.copy_(value)
             self.optimiser.state[parameter] = restored
         self.step, self.best = description["step"], description["best_test_loss"]
+        best, here = folder.parent / "best", self.folder / "best"
+        if self.accelerator.is_main_process and checkpoints.exists(best) and not checkpoints.exists(here):
+            shutil.copytree(best, here)  # continued in another folder, the best so far comes along
         free = ("device", "checkpoint_every", "log_every")
         now, then = asdict(self.options), description["trainer"]
         changed = [

@@ -92,7 +92,7 @@ def test_damaged_tensors_are_named(tmp_path, how):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("how", ["empty", "noise"])
+@pytest.mark.parametrize("how", ["empty", "noise", "truncated"])
 def test_damaged_description_is_named(tmp_path, how):
     checkpoints.write(tmp_path / "x", {"step": 1}, OLD)
     damage(tmp_path / "x" / "checkpoint.yaml", how)

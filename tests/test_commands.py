@@ -223,7 +223,7 @@ def test_truncated_checkpoint_is_named(run, trained, tmp_path, name):
         (folder / path.name).write_bytes(content[: len(content) // 2] if path.name == name else content)
     status, _, err = run("sample", f"checkpoint={folder}")
     assert status == 2 and err.count("\n") == 1
-    assert str(folder / name) in err or "does not describe a model" in err
+    assert str(folder / name) in err
 
 
 def test_checkpoint_of_another_architecture_is_refused(run, trained):

@@ -91,9 +91,7 @@ def test_resumed_run_ends_with_identical_bits(tmp_path, accumulate):
 
 def test_resuming_with_other_options_says_so(tmp_path):
     options(steps=8).fit(regressor(), denoise, image_data(), tmp_path)
-    with pytest.warns(
-        UserWarning, match="options: steps 8 -> 16, learning_rate 0.001 -> 0.01; it is not the same"
-    ):
+    with pytest.warns(UserWarning, match="options: steps 8 -> 16, learning_rate 0.001 -> 0.01; it is not the same"):
         changed = options(steps=16, learning_rate=0.01, log_every=3)
         changed.fit(regressor(), denoise, image_data(), tmp_path, resume=tmp_path / "last")
 

@@ -50,7 +50,7 @@ class Sampler(ABC):
 
     @torch.no_grad()
     def __call__(self, model: Model, x_T: Tensor, **conditions: Any) -> Tensor:
-        """Data (B, *shape) from prior draws `x_T` (B, *shape).
+        """Data (B, *shape) from prior draws `x_T` (B, *shape), in the dtype of `x_T`.
 
         Args:
             conditions: passed to ``model.velocity``, such as ``label``.
@@ -68,7 +68,7 @@ class Sampler(ABC):
 
         x = self.integrate(velocity, x_T.to(state_dtype(x_T.device)), model.field)
         t_min = torch.tensor(model.field.t_min, dtype=x.dtype, device=x.device)
-        return model.field.endpoint(x, t_min, velocity(x, t_min))
+        return model.field.endpoint(x, t_min, velocity(x, t_min)).to(x_T.dtype)
 
 
 def state_dtype(device: torch.device) -> torch.dtype:
