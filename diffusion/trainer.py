@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffusion import checkpoints, devices
+from diffusion import adam, checkpoints, devices
 from diffusion.ema import EMA
 from diffusion.errors import UserError
 from diffusion.objectives import Batch, Objective
@@ -55,7 +55,7 @@ class Trainer:
         UserError: an option is out of its range.
     """
 
-    steps: int = 2000
+    steps: int = 1500
     batch_size: int = 128
     learning_rate: float = 1e-3
     warmup: int = 100
@@ -152,15 +152,7 @@ class _Run:
         self.module.to(self.device).train()
         self.ema = EMA(self.module, options.ema_decay)
         self.parameters = list(self.module.parameters())
-        fused = self.device.type in ("cpu", "cuda")
-        self.step_device = self.device if fused else "cpu"
-        self.optimiser = torch.optim.AdamW(
-            self.parameters,
-            lr=options.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=options.weight_decay,
-            fused=fused,
-        )
+        self.optimiser = adam.create(self.module, options.learning_rate, options.weight_decay)
         self.network = self.accelerator.prepare_model(self.module)
         self.data = self.data.to(self.device)
         if self.test_data is not None:
@@ -280,38 +272,29 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _save(self, folder: Path) -> None:
-        state = {f"weights.{key}": value for key, value in self.module.state_dict().items()}
-        for name, parameter in self.module.named_parameters():
-            for key, value in self.optimiser.state[parameter].items():
-                state[f"optimiser.{key}.{name}"] = value
+        training = {f"weights.{key}": value for key, value in self.module.state_dict().items()}
+        state = adam.state_tensors(self.module, self.optimiser)
+        training |= {f"optimiser.{key}": value for key, value in state.items()}
         progress = {"step": self.step, "best_test_loss": self.best, "trainer": asdict(self.options)}
-        checkpoints.write(
-            folder, {**self.description, **progress}, {"model": self.ema.module.state_dict(), "training": state}
-        )
+        tensors = {"model": self.ema.module.state_dict(), "training": training}
+        checkpoints.write(folder, {**self.description, **progress}, tensors)
 
     def _load(self, folder: Path) -> None:
-        description = checkpoints.read_description(folder)
-        state = checkpoints.read_tensors(folder, "training")
+        description, training = checkpoints.read_description(folder), checkpoints.read_tensors(folder, "training")
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): value for key, value in training.items() if key.startswith(prefix)}
+
         checkpoints.load_weights(self.ema.module, checkpoints.read_tensors(folder, "model"), folder)
-        prefix = "weights."
-        weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        checkpoints.load_weights(self.module, weights, folder)
-        for name, parameter in self.module.named_parameters():
-            restored = {}
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = state[f"optimiser.{key}.{name}"]
-                # Fused kernels want the moments in the parameter's own memory layout, and the step on its device.
-                place = torch.empty((), device=self.step_device) if key == "step" else torch.empty_like(parameter)
-                restored[key] = place.copy_(value)
-            self.optimiser.state[parameter] = restored
+        checkpoints.load_weights(self.module, part("weights."), folder)
+        adam.restore(self.module, self.optimiser, part("optimiser."))
         self.step, self.best = description["step"], description["best_test_loss"]
         best, here = folder.parent / "best", self.folder / "best"
         if self.accelerator.is_main_process and checkpoints.exists(best) and not checkpoints.exists(here):
             shutil.copytree(best, here)  # continued in another folder, the best so far comes along
-        free = ("device", "checkpoint_every", "log_every")
         now, then = asdict(self.options), description["trainer"]
-        changed = [
-            f"{key} {then.get(key)} -> {now[key]}" for key in now if key not in free and now[key] != then.get(key)
-        ]
-        if changed:
-            warnings.warn(f"resuming with other options: {', '.join(changed)}; it is not the same run", stacklevel=2)
+        free = ("device", "checkpoint_every", "log_every")
+        differing = [key for key in now if key not in free and now[key] != then.get(key)]
+        if differing:
+            changes = ", ".join(f"{key} {then.get(key)} -> {now[key]}" for key in differing)
+            warnings.warn(f"resuming with other options: {changes}; it is not the same run", stacklevel=2)

@@ -7,7 +7,7 @@ from cli import build, command, run_folder
 from omegaconf import DictConfig
 
 from diffusion import Generator, UserError, checkpoints, devices, specs
-from diffusion.metrics import default_features, evaluate
+from diffusion.metrics import InceptionFeatures, default_features, evaluate
 
 
 @command("evaluate")
@@ -21,7 +21,7 @@ def main(config: DictConfig) -> None:
     if splits.train.shape != generator.shape:
         shapes = f"data {splits.name} has shape {splits.train.shape}, expected {generator.shape} as in the checkpoint"
         raise UserError(f"{shapes}; give other data=...")
-    features = default_features(splits)
+    features = InceptionFeatures() if config.inception else default_features(splits)
     label = torch.arange(config.num_samples) % generator.num_classes if generator.num_classes else None
     sampler = build(config.sampler)
     samples = generator.sample(config.num_samples, sampler, config.seed, label, config.batch_size, progress=True)

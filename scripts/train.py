@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from diffusion import Generator, UserError, checkpoints, specs
 from diffusion.data import Splits
 from diffusion.logging import RunLog
-from diffusion.metrics import default_features, evaluate
+from diffusion.metrics import InceptionFeatures, default_features, evaluate
 from diffusion.plotting import save_picture, save_samples
 from diffusion.randomness import derive_seed
 
@@ -67,7 +67,8 @@ def main(config: DictConfig) -> None:
     if config.num_samples:
         x = samples(average, config.num_samples, progress=True)
         save_samples(x, folder)
-        evaluation = evaluate(x, splits, default_features(splits), config.seed)
+        features = InceptionFeatures() if config.inception else default_features(splits)
+        evaluation = evaluate(x, splits, features, config.seed)
         run.evaluation(evaluation.to_dict())
         print(evaluation.table())
     run.close()

@@ -195,6 +195,7 @@ BAD_COMMANDS = [
     ("sample", ["checkpoint=TRAINED", "num_samples=0"], "cannot draw 0 samples"),
     ("sample", ["checkpoint=TRAINED", "label=1"], "label is [1]"),
     ("sample", ["checkpoint=RUN"], "is a run, not a checkpoint"),
+    ("evaluate", ["checkpoint=TRAINED", "inception=true"], "Inception"),
     ("evaluate", ["checkpoint=nowhere"], "no checkpoint at nowhere"),
     ("evaluate", ["checkpoint=TRAINED", "data=moons"], "data moons has shape (2,), expected (1, 8, 8)"),
     ("evaluate", ["checkpoint=TRAINED", "num_samples=1"], ""),

@@ -16,8 +16,8 @@ def blocks(language):
 def test_python_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (code,) = blocks("python")
-    assert "steps=2000" in code and "steps=18" in code
-    quick = code.replace("steps=2000", "steps=2").replace("steps=18", "steps=3").replace("e-5", "e-1")
+    assert "steps=1500" in code and "steps=18" in code
+    quick = code.replace("steps=1500", "steps=2").replace("steps=18", "steps=3").replace("e-5", "e-1")
     (tmp_path / "example.py").write_text(quick)
     scope = runpy.run_path("example.py")
     assert scope["images"].shape == scope["velocity"].shape == (64, 1, 8, 8)
