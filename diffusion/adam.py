@@ -28,6 +28,8 @@ def restore(module: nn.Module, optimiser: torch.optim.AdamW, tensors: Mapping[st
     Fused kernels want the moments in the memory layout of the parameter itself, and the step on its device.
     """
     for name, parameter in module.named_parameters():
+        if f"step.{name}" not in tensors:  # it never had a gradient
+            continue
         step_device = parameter.device if optimiser.defaults["fused"] else "cpu"
         optimiser.state[parameter] = {
             "step": tensors[f"step.{name}"].to(step_device),

@@ -23,15 +23,17 @@ def write(folder: str | Path, description: Mapping, tensors: Mapping[str, Mappin
     Raises:
         UserError: nothing could be written (a full disk, say); an earlier checkpoint of that name is untouched.
     """
-    folder = Path(folder)
+    name, folder = folder, Path(folder).absolute()
     fresh, earlier = folder.with_name(f".{folder.name}.new"), _earlier(folder)
     try:
+        if earlier.exists() and not folder.exists():  # a process was killed between the two renames below
+            earlier.rename(folder)
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-        for name, entries in tensors.items():
+        for file, entries in tensors.items():
             # Bytes first: a failed write then is an OSError of ours, with its errno.
             plain = {key: value.detach().cpu().contiguous().clone() for key, value in entries.items()}
-            _flush(fresh / f"{name}.safetensors", safetensors.torch.save(plain))
+            _flush(fresh / f"{file}.safetensors", safetensors.torch.save(plain))
         # The last line shows readers that none is missing.
         content = yaml.safe_dump({**description, "complete": True}, sort_keys=False)
         _flush(fresh / "checkpoint.yaml", content.encode())
@@ -42,7 +44,7 @@ def write(folder: str | Path, description: Mapping, tensors: Mapping[str, Mappin
         shutil.rmtree(earlier, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        raise UserError(f"cannot save checkpoint {folder}: {error.strerror}; earlier checkpoints are kept") from error
+        raise UserError(f"cannot save checkpoint {name}: {error.strerror}; earlier checkpoints are kept") from error
 
 
 def _one_line(error: Exception) -> str:
@@ -57,7 +59,7 @@ def _flush(path: Path, content: bytes) -> None:
 
 
 def _earlier(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
+    return folder.absolute().with_name(f".{folder.absolute().name}.old")
 
 
 def exists(folder: str | Path) -> bool:
@@ -80,6 +82,18 @@ def read_description(folder: str | Path) -> dict:
     if not isinstance(description, dict) or description.pop("complete", None) is not True:
         raise UserError(f"checkpoint file {path} is damaged (its end is missing); use another checkpoint")
     return description
+
+
+def read_step(folder: str | Path) -> int:
+    """The step of training at which a checkpoint was written.
+
+    Raises:
+        UserError: it was not written by training.
+    """
+    step = read_description(folder).get("step")
+    if not isinstance(step, int):
+        raise UserError(f"checkpoint {folder} holds no training state; resume from one written by train.py")
+    return step
 
 
 def read_tensors(folder: str | Path, name: str) -> dict[str, Tensor]:
@@ -105,6 +119,12 @@ def _resolve(folder: str | Path) -> Path:
     if (folder / "checkpoints" / "last").is_dir():
         raise UserError(f"{folder} is a run, not a checkpoint; use {folder / 'checkpoints' / 'last'}")
     raise UserError(f"no checkpoint at {folder}; expected a folder such as outputs/.../checkpoints/last")
+
+
+def copy(folder: str | Path, other: str | Path) -> None:
+    """Copy a checkpoint, whole or not at all."""
+    tensors = {path.stem: read_tensors(folder, path.stem) for path in _resolve(folder).glob("*.safetensors")}
+    write(other, read_description(folder), tensors)
 
 
 def load_weights(module, weights: Mapping[str, Tensor], folder: str | Path) -> None:

@@ -14,7 +14,8 @@ def pick(name: str = "auto") -> torch.device:
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, there in present.items() if there))
-    if not present.get(name.split(":")[0], False):
+    kind, _, index = str(name).partition(":")
+    if not present.get(kind, False) or not (index.isdigit() or name == kind):
         there = ", ".join(kind for kind, there in present.items() if there)
         raise UserError(f"device is {name!r}, expected auto or one that this machine has: {there}")
     return torch.device(name)

@@ -158,4 +158,4 @@ class Generator(nn.Module):
         if not isinstance(generator, cls):
             raise UserError(f"checkpoint {folder} holds a {type(generator).__name__}, expected a {cls.__name__}")
         checkpoints.load_weights(generator, checkpoints.read_tensors(folder, "model"), folder)
-        return generator.to(device).eval()
+        return generator.to(device).eval().requires_grad_(False)

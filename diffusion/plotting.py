@@ -9,7 +9,6 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from diffusion.data import to_uint8
-from diffusion.errors import UserError
 
 
 def save_samples(x: Tensor, folder: str | Path, name: str = "samples") -> Path:
@@ -38,9 +37,12 @@ def save_picture(x: Tensor, path: str | Path) -> Path:
 
 
 def save_points(points: Tensor, path: str | Path) -> None:
-    """Scatter plot of the first two coordinates of `points` (N, d), framed on their central 98 %."""
-    if points.shape[1] < 2:
-        raise UserError(f"points have {points.shape[1]} coordinate, expected at least 2 for a scatter plot")
+    """Scatter plot of the first two coordinates of `points` (N, d), framed on their central 98 %.
+
+    Points of one coordinate are spread over the height of the picture.
+    """
+    if points.shape[1] == 1:
+        points = torch.cat([points, torch.linspace(0, 1, len(points))[:, None]], 1)
     figure = Figure(figsize=(6, 6), layout="constrained")  # no pyplot: it would choose a backend for the whole process
     axes = figure.subplots()
     axes.scatter(points[:, 0], points[:, 1], s=2, alpha=min(1.0, 2000 / len(points)), linewidths=0)

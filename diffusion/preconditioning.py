@@ -57,7 +57,8 @@ class Preconditioner(nn.Module):
         super().__init__()
         self.field = field
         scales = field.base.scales
-        self.register_buffer("scales", scales.value.float(), persistent=False)
+        # Squares of larger scales would leave the range of single precision.
+        self.register_buffer("scales", scales.value.clamp_max(1e15).float(), persistent=False)
         self.register_buffer("log_weight", scales.log_weight.float(), persistent=False)
         self.register_buffer("centre", torch.zeros(shape))
         self.register_buffer("std", torch.tensor(1.0))

@@ -24,7 +24,8 @@ def recorded(build: Callable) -> Callable:
         @functools.wraps(original)
         def initialise(self, *args, **kwargs):
             original(self, *args, **kwargs)
-            self.spec = _describe(build, signature.bind(self, *args, **kwargs), skip=1)
+            if type(self) is build:  # a subclass is another thing, which this call would not build
+                self.spec = _describe(build, signature.bind(self, *args, **kwargs), skip=1)
 
         build.__init__ = initialise
         return build
@@ -63,8 +64,22 @@ class Unstorable:
 
 
 def describe(built: Any) -> dict[str, Any]:
-    """The specification of `built`, with None for each argument that cannot be written to YAML in full."""
-    return {name: value if _storable(value) else None for name, value in built.spec.items()}
+    """The specification of `built`, with None for each argument that cannot be written to YAML in full.
+
+    Empty for an object that was not built by something `recorded`.
+    """
+    spec = getattr(built, "spec", {})
+    return {name: value if _storable(value) else None for name, value in spec.items()}
+
+
+def difference(stored: Any, own: Any, name: str = "") -> str | None:
+    """The first place in which two specifications differ, in words, or None."""
+    if isinstance(stored, Mapping) and isinstance(own, Mapping):
+        for key in [*stored, *(key for key in own if key not in stored)]:
+            if found := difference(stored.get(key), own.get(key), f"{name}.{key}".lstrip(".")):
+                return found
+        return None
+    return None if stored == own else f"{name} is {stored!r} there and {own!r} here"
 
 
 def _storable(value: Any) -> bool:

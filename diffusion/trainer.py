@@ -7,7 +7,6 @@ state of random number generators.
 
 import contextlib
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffusion import adam, checkpoints, devices
+from diffusion import adam, checkpoints, devices, specs
 from diffusion.ema import EMA
 from diffusion.errors import UserError
 from diffusion.objectives import Batch, Objective
@@ -76,13 +75,16 @@ class Trainer:
             value, kind = getattr(self, option.name), option.type
             if not isinstance(value, int | float if kind is float else kind) or isinstance(value, bool):
                 raise UserError(f"trainer.{option.name} is {value!r}, expected a value of type {kind.__name__}")
-        for name in ("steps", "batch_size", "accumulate", "checkpoint_every", "log_every", "learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"trainer.{name} is {getattr(self, name)}, expected a positive number")
+        may_be_zero = ("warmup", "final_rate", "weight_decay", "ema_decay", "seed")
+        for name, value in asdict(self).items():
+            if not isinstance(value, str) and name not in may_be_zero and not value > 0:
+                raise UserError(f"trainer.{name} is {value}, expected a positive number")
+            if name in may_be_zero and value < 0:
+                raise UserError(f"trainer.{name} is {value}, expected 0 or more")
         if self.precision not in ("no", "bf16"):
             raise UserError(f"trainer.precision is {self.precision!r}, expected no or bf16")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"trainer.ema_decay is {self.ema_decay}, expected a number from 0 to below 1")
+        if not self.ema_decay < 1:
+            raise UserError(f"trainer.ema_decay is {self.ema_decay}, expected a number below 1")
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step `step` (0, 1, ...)."""
@@ -111,16 +113,16 @@ class Trainer:
             folder: where the checkpoints `last` and `best` are written.
             test_data: held-out data, for `best`; without it there is no `best`.
             resume: a checkpoint to continue from.
-            description: stored in each checkpoint; `Generator.load` wants {"model": spec}.
+            description: stored in each checkpoint, beside the specification of `module` under "model".
             log: called with (step, metrics), in the main process.
             callbacks: called with (step, averaged module) at each checkpoint, in the main process.
 
         Raises:
             UserError: the loss stops being finite, a checkpoint cannot be read or written, the batch cannot be split.
         """
-        return _Run(self, module, objective, data, Path(folder), test_data, description or {}, log, callbacks).go(
-            resume
-        )
+        description = {"model": specs.describe(module), **(description or {})}
+        run = _Run(self, module, objective, data, Path(folder), test_data, description, log, callbacks)
+        return run.go(resume)
 
 
 @dataclass
@@ -142,8 +144,16 @@ class _Run:
 
     def __post_init__(self):
         options, device = self.options, devices.pick(self.options.device)
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=options.precision)
+        try:
+            self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=options.precision)
+        except ValueError as error:  # accelerate's: no bf16 here, or the process has trained in another precision
+            raise UserError(f"cannot train with precision={options.precision}: {error}") from error
         self.device, world = self.accelerator.device, self.accelerator.num_processes
+        if self.device.type != device.type or device.index not in (None, self.device.index):
+            raise UserError(
+                f"trainer.device is {options.device}, but this process trains on {self.device}; start a new process, "
+                "and choose among several GPUs with CUDA_VISIBLE_DEVICES"
+            )
         if options.batch_size % (world * options.accumulate):
             raise UserError(
                 f"trainer.batch_size is {options.batch_size}, expected a multiple of devices x accumulate = "
@@ -281,6 +291,8 @@ class _Run:
 
     def _load(self, folder: Path) -> None:
         description, training = checkpoints.read_description(folder), checkpoints.read_tensors(folder, "training")
+        if other := specs.difference(description.get("model"), self.description["model"], "model"):
+            raise UserError(f"checkpoint {folder} is of another architecture: {other}; resume it with its own options")
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {key.removeprefix(prefix): value for key, value in training.items() if key.startswith(prefix)}
@@ -288,11 +300,12 @@ class _Run:
         checkpoints.load_weights(self.ema.module, checkpoints.read_tensors(folder, "model"), folder)
         checkpoints.load_weights(self.module, part("weights."), folder)
         adam.restore(self.module, self.optimiser, part("optimiser."))
-        self.step, self.best = description["step"], description["best_test_loss"]
+        self.step, self.best = checkpoints.read_step(folder), description["best_test_loss"]
         best, here = folder.parent / "best", self.folder / "best"
         if self.accelerator.is_main_process and checkpoints.exists(best) and not checkpoints.exists(here):
-            shutil.copytree(best, here)  # continued in another folder, the best so far comes along
-        now, then = asdict(self.options), description["trainer"]
+            checkpoints.copy(best, here)  # continued in another folder, the best so far comes along
+        now = asdict(self.options) | {"data": self.description.get("data")}
+        then = description["trainer"] | {"data": description.get("data")}
         free = ("device", "checkpoint_every", "log_every")
         differing = [key for key in now if key not in free and now[key] != then.get(key)]
         if differing:

@@ -42,7 +42,8 @@ def command(config_name: str) -> Callable:
                     raise
                 with contextlib.suppress(OSError, ValueError):
                     run_folder().rmdir()  # only if the run has left nothing in it
-                print(f"error: {_one_line(error)}", file=sys.stderr)
+                if os.environ.get("RANK", "0") == "0":  # one line, not one a process
+                    print(f"error: {_one_line(error)}", file=sys.stderr)
                 sys.exit(2)
 
         @functools.wraps(main)
@@ -72,6 +73,18 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, InstantiationException) and isinstance(cause, UserError):
         return str(cause)
     return " ".join(str(error).split("Config search path")[0].split())
+
+
+def expect(config: DictConfig, **kinds: type) -> None:
+    """Check the types of options that no class checks.
+
+    Raises:
+        UserError: an option has a value of another type; None passes.
+    """
+    for name, kind in kinds.items():
+        value = config[name]
+        if value is not None and type(value) is not kind:
+            raise UserError(f"{name} is {value!r}, expected a value of type {kind.__name__}")
 
 
 def build(config: DictConfig, **extra):

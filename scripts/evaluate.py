@@ -3,7 +3,7 @@
 import json
 
 import torch
-from cli import build, command, run_folder
+from cli import build, command, expect, run_folder
 from omegaconf import DictConfig
 
 from diffusion import Generator, UserError, checkpoints, devices, specs
@@ -12,6 +12,7 @@ from diffusion.metrics import InceptionFeatures, default_features, evaluate
 
 @command("evaluate")
 def main(config: DictConfig) -> None:
+    expect(config, seed=int, num_samples=int, batch_size=int, inception=bool)
     generator = Generator.load(config.checkpoint, devices.pick(config.device))
     trained_on = checkpoints.read_description(config.checkpoint).get("data")
     chosen = config.get("data")
@@ -25,7 +26,7 @@ def main(config: DictConfig) -> None:
     label = torch.arange(config.num_samples) % generator.num_classes if generator.num_classes else None
     sampler = build(config.sampler)
     samples = generator.sample(config.num_samples, sampler, config.seed, label, config.batch_size, progress=True)
-    evaluation = evaluate(samples, splits, features, config.seed)
+    evaluation = evaluate(samples.to(generator.device), splits, features, config.seed)
     path = run_folder() / "evaluation.json"
     settings = {"checkpoint": str(config.checkpoint), "num_samples": config.num_samples, "sampler": str(sampler)}
     path.write_text(json.dumps({**settings, **evaluation.to_dict()}, indent=2) + "\n")

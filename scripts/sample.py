@@ -2,7 +2,7 @@
 
 import math
 
-from cli import build, command, run_folder
+from cli import build, command, expect, run_folder
 from omegaconf import DictConfig
 
 from diffusion import Generator, devices
@@ -12,6 +12,7 @@ from diffusion.samplers import Counted, generate
 
 @command("sample")
 def main(config: DictConfig) -> None:
+    expect(config, seed=int, num_samples=int, batch_size=int, label=int)
     generator = Generator.load(config.checkpoint, devices.pick(config.device))
     number, counted = config.num_samples, Counted(generator)
     label = generator.labels(config.label, number)

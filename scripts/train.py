@@ -1,32 +1,38 @@
 """Train a generator: python scripts/train.py experiment=digits_gravity [option=value ...]"""
 
+import contextlib
 import math
 import os
 from pathlib import Path
 
 import torch
-from cli import build, command, launch, run_folder, write_config
-from omegaconf import DictConfig, OmegaConf, open_dict
+from cli import build, command, expect, launch, run_folder, write_config
+from omegaconf import DictConfig, OmegaConf
 
-from diffusion import Generator, UserError, checkpoints, specs
+from diffusion import Generator, UserError, checkpoints, devices
 from diffusion.data import Splits
 from diffusion.logging import RunLog
-from diffusion.metrics import InceptionFeatures, default_features, evaluate
+from diffusion.metrics import Features, InceptionFeatures, default_features, evaluate
 from diffusion.plotting import save_picture, save_samples
 from diffusion.randomness import derive_seed
 
-CALIBRATION_EXAMPLES = 10_000
+CALIBRATION_EXAMPLES, CALIBRATION_NUMBERS = 10_000, 10**8
+LEAST_EVALUATED = 20
 GRID_SAMPLES = 64
 
 
 @command("train")
 def main(config: DictConfig) -> None:
+    expect(config, seed=int, num_samples=int, batch_size=int, conditional=bool, inception=bool)
+    expect(config.trainer, devices=int)
     folder = run_folder()
     resume = _checkpoint_to_resume(config.resume, folder, config.trainer.steps)
-    with open_dict(config):
-        devices = config.trainer.pop("devices")
-    if devices > 1 and "WORLD_SIZE" not in os.environ:
-        launch(devices, [f"hydra.run.dir={folder}", f"resume={resume or 'null'}"])
+    processes = config.trainer.devices
+    trainer = build({key: value for key, value in config.trainer.items() if key != "devices"})
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        if devices.pick(config.device).type == "cuda" and processes > torch.cuda.device_count():
+            raise UserError(f"trainer.devices is {processes}, but this machine has {torch.cuda.device_count()} GPUs")
+        launch(processes, [f"hydra.run.dir={folder}", f"resume={resume or 'null'}"])
     is_main = os.environ.get("RANK", "0") == "0"
 
     splits = build(config.data)
@@ -34,8 +40,11 @@ def main(config: DictConfig) -> None:
     torch.manual_seed(derive_seed(config.seed, "network"))
     generator = Generator(build(config.field), build(config.model), splits.train.shape)
     order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(config.seed))
-    generator.calibrate(splits.train.take(order[:CALIBRATION_EXAMPLES]).x)
-    objective, sampler, trainer = build(config.objective)(generator), build(config.sampler), build(config.trainer)
+    most = max(2, min(CALIBRATION_EXAMPLES, CALIBRATION_NUMBERS // math.prod(generator.shape)))
+    generator.calibrate(splits.train.take(order[:most]).x)
+    objective, sampler = build(config.objective)(generator), build(config.sampler)
+    features = _features(config, splits) if is_main and config.num_samples else None
+    plain = OmegaConf.to_container(config, resolve=True)
 
     def samples(model: Generator, number: int, progress: bool = False) -> torch.Tensor:
         label = torch.arange(number) % config.num_classes if config.num_classes else None
@@ -44,35 +53,39 @@ def main(config: DictConfig) -> None:
     def draw_grid(step: int, model: Generator) -> None:
         run.image(step, save_picture(samples(model, GRID_SAMPLES), folder / f"samples_{step:07d}.png"))
 
-    plain = OmegaConf.to_container(config, resolve=True)
-    if is_main:
-        write_config(config, folder)
-        run = RunLog(
-            folder, plain, checkpoints.read_description(resume)["step"] if resume else 0, plain["logger"] or None
-        )
-        print(f"{'continuing ' + str(resume) if resume else 'training'} in {folder}", flush=True)
-    average = trainer.fit(
-        generator,
-        objective,
-        splits.train,
-        folder / "checkpoints",
-        splits.test,
-        resume,
-        {"model": specs.describe(generator), "data": plain["data"]},
-        run.metrics if is_main else None,
-        [draw_grid] if is_main else [],
-    )
+    def train(log=lambda step, metrics: None, callbacks=()) -> Generator:
+        place, about = folder / "checkpoints", {"data": plain["data"]}
+        return trainer.fit(generator, objective, splits.train, place, splits.test, resume, about, log, callbacks)
+
     if not is_main:
+        train()
         return
-    if config.num_samples:
-        x = samples(average, config.num_samples, progress=True)
-        save_samples(x, folder)
-        features = InceptionFeatures() if config.inception else default_features(splits)
-        evaluation = evaluate(x, splits, features, config.seed)
-        run.evaluation(evaluation.to_dict())
-        print(evaluation.table())
-    run.close()
+    write_config(config, folder)
+    step = checkpoints.read_step(resume) if resume else 0
+    with contextlib.closing(RunLog(folder, plain, step, plain["logger"] or None)) as run:
+        print(f"{f'continuing {resume}' if resume else 'training'} in {folder}", flush=True)
+        average = train(run.metrics, [draw_grid])
+        if config.num_samples:
+            x = samples(average, config.num_samples, progress=True)
+            save_samples(x, folder)
+        if features:
+            evaluation = evaluate(x.to(average.device), splits, features, config.seed)
+            run.evaluation(evaluation.to_dict())
+            print(evaluation.table())
     print(f"run: {folder}")
+
+
+def _features(config: DictConfig, splits: Splits) -> Features | None:
+    """The feature space of the final evaluation, before anything is trained; None, and a line, where there is none."""
+    if config.num_samples < LEAST_EVALUATED:
+        raise UserError(f"num_samples is {config.num_samples}, expected 0 or at least {LEAST_EVALUATED}")
+    try:
+        return InceptionFeatures() if config.inception else default_features(splits)
+    except UserError as error:
+        if config.inception:
+            raise
+        print(f"no final evaluation: {error}", flush=True)
+        return None
 
 
 def _checkpoint_to_resume(wanted: str | None, folder: Path, steps: int) -> Path | None:
@@ -82,7 +95,7 @@ def _checkpoint_to_resume(wanted: str | None, folder: Path, steps: int) -> Path 
     for place in (folder, *sorted(folder.parent.iterdir(), reverse=True)):
         last = place / "checkpoints" / "last"
         if checkpoints.exists(last):
-            if place == folder or checkpoints.read_description(last).get("step", steps) < steps:
+            if place == folder or checkpoints.read_step(last) < steps:
                 return last
             break
     print("resume=auto: no unfinished run here, starting afresh", flush=True)

@@ -154,9 +154,9 @@ def test_conditional_generator_takes_labels(run, tmp_path):
 
 def test_points_are_trained_on_and_drawn(run, tmp_path):
     folder, small = tmp_path / "run", ["trainer.steps=4", "trainer.batch_size=64", "logger=none", "device=cpu"]
-    options = ["experiment=toy2d_moons", *small, "num_samples=300", f"hydra.run.dir={folder}"]
+    options = ["experiment=toy2d_moons", *small, "num_samples=1000", f"hydra.run.dir={folder}"]
     assert run("train", *options)[0] == 0
-    assert np.load(folder / "samples.npz")["points"].shape == (300, 2)
+    assert np.load(folder / "samples.npz")["points"].shape == (1000, 2)
 
 
 def test_wandb_gets_the_run_offline_without_asking(tmp_path, monkeypatch):
@@ -198,7 +198,15 @@ BAD_COMMANDS = [
     ("evaluate", ["checkpoint=TRAINED", "inception=true"], "Inception"),
     ("evaluate", ["checkpoint=nowhere"], "no checkpoint at nowhere"),
     ("evaluate", ["checkpoint=TRAINED", "data=moons"], "data moons has shape (2,), expected (1, 8, 8)"),
-    ("evaluate", ["checkpoint=TRAINED", "num_samples=1"], ""),
+    ("evaluate", ["checkpoint=TRAINED", "num_samples=1"], "1"),
+    ("train", ["seed=abc"], "seed is 'abc', expected a value of type int"),
+    ("train", ["trainer.devices=abc"], "devices is 'abc', expected a value of type int"),
+    ("train", ["num_samples=3"], "num_samples is 3, expected 0 or at least"),
+    ("train", ["model.channels=0"], "UNet has channels=0"),
+    ("train", ["resume=TRAINED", "field=linear"], "another architecture: model.field._target_ is"),
+    ("sample", ["checkpoint=TRAINED", "num_samples=abc"], "num_samples is 'abc'"),
+    ("sample", ["checkpoint=TRAINED", "label=a"], "label is 'a'"),
+    ("sample", ["checkpoint=."], "no checkpoint at ."),
 ]
 
 
@@ -207,9 +215,13 @@ def test_mistakes_end_in_one_line_and_status_2(run, trained, command, options, w
     options = [
         option.replace("TRAINED", f"{trained}/checkpoints/last").replace("RUN", str(trained)) for option in options
     ]
-    tiny = [option for option in TINY if command == "train" and not option.startswith("model")]
+    given = {option.split("=")[0] for option in options} | ({"model.channels"} if "model=mlp" in options else set())
+    mlp = "data=moons" in options or any("toy2d" in option for option in options)
+    tiny = [option for option in TINY if option.split("=")[0] not in given and not (mlp and "model" in option)]
+    tiny = tiny if command == "train" else []
     status, _, err = run(command, *tiny, *options)
-    lines = [line for line in err.splitlines() if line.strip() and "step/s" not in line and "samples/s" not in line]
+    progress = ("step/s", "samples/s", "Downloading")
+    lines = [line for line in err.splitlines() if line.strip() and not any(word in line for word in progress)]
     assert status == 2, err
     assert len(lines) == 1 and lines[0].startswith("error: "), err
     assert words in lines[0]
@@ -231,7 +243,9 @@ def test_checkpoint_of_another_architecture_is_refused(run, trained):
     status, _, err = run("train", *TINY, "model.channels=16", f"resume={trained}/checkpoints/last")
     assert status == 2
     assert "is of another architecture" in err.splitlines()[-1] and "network" in err.splitlines()[-1]
-    status, _, err = run("train", *TINY, "model.multipliers=[1]", f"resume={trained}/checkpoints/last")
+    status, _, err = run(
+        "train", *TINY, "model.multipliers=[1]", "model.attention=[]", f"resume={trained}/checkpoints/last"
+    )
     assert status == 2 and "is of another architecture" in err.splitlines()[-1]
 
 

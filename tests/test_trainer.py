@@ -234,7 +234,8 @@ def test_derived_seeds_differ():
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
         ({"precision": "fp8"}, "precision is 'fp8', expected no or bf16"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
-        ({"device": "cuda:99"}, "device is 'cuda:99'"),
+        ({"device": "abacus"}, "device is 'abacus'"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0, expected 0 or more"),
         ({"accumulate": 3}, "batch_size is 16, expected a multiple"),
     ],
 )

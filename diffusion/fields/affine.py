@@ -51,6 +51,12 @@ class AffineField(Field):
         t_min = 1e-3 * horizon if t_min is None else t_min
         if not 0 < t_min < horizon:
             raise UserError(f"t_min is {t_min} and horizon {horizon}, expected 0 < t_min < horizon")
+        if not isinstance(base, Law):
+            raise UserError(f"base is {base!r}, expected a Law such as Gaussian(), or Product(distribution)")
+        for name, schedule in (("alpha", alpha), ("sigma", sigma)):
+            value = schedule(torch.tensor([t_min, horizon], dtype=torch.float64))
+            if not isinstance(value, torch.Tensor) or value.shape != (2,):
+                raise UserError(f"{name}(t) gives {value!r} for two times, expected a tensor like t")
         self.alpha, self.sigma, self.base = alpha, sigma, base
         self.horizon, self.t_min, self.rho = float(horizon), float(t_min), float(rho)
         ratio = self.log_noise_to_signal(self.clock(256))
@@ -119,7 +125,7 @@ def gravity(dim: int, horizon: float = 80.0, t_min: float = 0.002) -> AffineFiel
 
     x_t = x0 + t z with z Student-t of one degree of freedom (multivariate Cauchy), so that p_t(x|x0) is the Poisson
     kernel of the half-space, Gamma((d+1)/2) / pi^((d+1)/2) t / (t^2 + |x - x0|^2)^((d+1)/2), and (p, p f) is the force
-    law (x - x0, t) / (|x - x0|^2 + t^2)^((d+1)/2) up to a constant (Xu et al. 2022, arXiv 2209.11178, eq. 3-5).
+    law (t, x - x0) / (|x - x0|^2 + t^2)^((d+1)/2) up to a constant (Xu et al. 2022, arXiv 2209.11178, eq. 3-5).
 
     The law has no mean and no variance. Nothing is clipped; three things are made for it instead:
 

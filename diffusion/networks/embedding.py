@@ -10,7 +10,7 @@ class Embedding(nn.Module):
     """(B, 2) noise features and (B,) labels to (B, width).
 
     The two features are the log noise level that x reveals and the one that t alone gives, over 4
-    (generator.Preconditioner), so each is of order 1.
+    (diffusion.preconditioning), so each is of order 1.
 
     Args:
         width: of the output.

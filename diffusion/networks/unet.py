@@ -12,7 +12,8 @@ from diffusion.specs import recorded
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(max(g for g in range(1, 33) if channels % g == 0 and channels // g >= 4), channels)
+    """At most 32 groups, of at least 4 channels where there are as many."""
+    return nn.GroupNorm(max(g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels // g >= 4)), channels)
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:
@@ -42,7 +43,7 @@ class _Block(nn.Module):
 class _Attention(nn.Module):
     def __init__(self, channels: int, head: int = 32):
         super().__init__()
-        self.heads = max(1, channels // head)
+        self.heads = max(n for n in range(1, max(1, channels // head) + 1) if channels % n == 0)
         self.norm, self.qkv = _norm(channels), nn.Conv2d(channels, 3 * channels, 1)
         self.out = _zero(nn.Conv2d(channels, channels, 1))
 
@@ -73,7 +74,7 @@ class UNet(nn.Module):
         shape: Sequence[int],
         channels: int = 32,
         multipliers: Sequence[int] = (1, 2),
-        blocks: int = 2,
+        blocks: int = 1,
         attention: Sequence[int] = (1,),
         dropout: float = 0.0,
         num_classes: int = 0,
@@ -82,6 +83,11 @@ class UNet(nn.Module):
         if len(shape) != 3:
             raise UserError(
                 f"UNet got data of shape {tuple(shape)}, expected images (C, H, W); for points use model=mlp"
+            )
+        if channels < 1 or not multipliers or not set(attention) <= set(range(len(multipliers))):
+            raise UserError(
+                f"UNet has channels={channels}, multipliers={list(multipliers)}, attention={list(attention)}; expected "
+                "positive channels, and attention at some of the levels that the multipliers make, 0 the finest"
             )
         width = 4 * channels
         self.num_classes = num_classes

@@ -60,7 +60,7 @@ class Sampler(ABC):
         """
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            v = model.velocity(x, t, **conditions)
+            v = model.velocity(x, t.expand(len(x)), **conditions)
             if not bool(torch.isfinite(v).all()):
                 bad = int((~torch.isfinite(v)).flatten(1).any(1).nonzero()[0])
                 raise UserError(f"velocity of sample {bad} is not finite at t={float(t):.4g}; try more steps")
@@ -116,8 +116,9 @@ def generate(
 ) -> Tensor:
     """`size` = (N, *shape) samples, float32 on the CPU.
 
-    Each sample's prior draw is made on the CPU from its own place in the stream of `seed`, so that sample i is the same
-    whatever the batch size, the number of samples and the device.
+    Each sample's prior draw is made on the CPU from its own place in the stream of `seed`, so that with a fixed-step
+    sampler sample i is the same whatever the batch size, the number of samples and the device, up to rounding. An
+    adaptive sampler controls the error of the batch as a whole, so there it is the same up to the tolerance.
 
     Args:
         label: (N,) classes, for a conditional model.
