@@ -1,6 +1,7 @@
-"""Which device to run on."""
+"""Which device to run on, and how."""
 
 import torch
+from accelerate import Accelerator
 
 from diffusion.errors import UserError
 
@@ -19,3 +20,22 @@ def pick(name: str = "auto") -> torch.device:
         there = ", ".join(kind for kind, there in present.items() if there)
         raise UserError(f"device is {name!r}, expected auto or one that this machine has: {there}")
     return torch.device(name)
+
+
+def accelerator(name: str, precision: str) -> Accelerator:
+    """What prepares models for devices, precision ("no" or "bf16") and processes, on the device called `name`.
+
+    Raises:
+        UserError: the device cannot do it, or this process has already trained on another or in another precision.
+    """
+    device = pick(name)
+    try:
+        made = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    except ValueError as error:
+        raise UserError(f"cannot train on {name} with precision={precision}: {' '.join(str(error).split())}") from error
+    if made.device.type != device.type or device.index not in (None, made.device.index):
+        raise UserError(
+            f"device is {name}, but this process trains on {made.device}; start a new process, and choose among "
+            "several GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    return made

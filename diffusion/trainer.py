@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -71,16 +70,14 @@ class Trainer:
     seed: int = 0
 
     def __post_init__(self):
-        for option in fields(self):
-            value, kind = getattr(self, option.name), option.type
-            if not isinstance(value, int | float if kind is float else kind) or isinstance(value, bool):
-                raise UserError(f"trainer.{option.name} is {value!r}, expected a value of type {kind.__name__}")
         may_be_zero = ("warmup", "final_rate", "weight_decay", "ema_decay", "seed")
-        for name, value in asdict(self).items():
-            if not isinstance(value, str) and name not in may_be_zero and not value > 0:
-                raise UserError(f"trainer.{name} is {value}, expected a positive number")
-            if name in may_be_zero and value < 0:
-                raise UserError(f"trainer.{name} is {value}, expected 0 or more")
+        for option in fields(self):
+            name, value, kind = option.name, getattr(self, option.name), option.type
+            if not isinstance(value, int | float if kind is float else kind) or isinstance(value, bool):
+                raise UserError(f"trainer.{name} is {value!r}, expected a value of type {kind.__name__}")
+            if kind is not str and (value < 0 or (value == 0 and name not in may_be_zero)):
+                least = "0 or more" if name in may_be_zero else "a positive number"
+                raise UserError(f"trainer.{name} is {value}, expected {least}")
         if self.precision not in ("no", "bf16"):
             raise UserError(f"trainer.precision is {self.precision!r}, expected no or bf16")
         if not self.ema_decay < 1:
@@ -143,17 +140,9 @@ class _Run:
     bad_step: Tensor = field(init=False)
 
     def __post_init__(self):
-        options, device = self.options, devices.pick(self.options.device)
-        try:
-            self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=options.precision)
-        except ValueError as error:  # accelerate's: no bf16 here, or the process has trained in another precision
-            raise UserError(f"cannot train with precision={options.precision}: {error}") from error
+        options = self.options
+        self.accelerator = devices.accelerator(options.device, options.precision)
         self.device, world = self.accelerator.device, self.accelerator.num_processes
-        if self.device.type != device.type or device.index not in (None, self.device.index):
-            raise UserError(
-                f"trainer.device is {options.device}, but this process trains on {self.device}; start a new process, "
-                "and choose among several GPUs with CUDA_VISIBLE_DEVICES"
-            )
         if options.batch_size % (world * options.accumulate):
             raise UserError(
                 f"trainer.batch_size is {options.batch_size}, expected a multiple of devices x accumulate = "
