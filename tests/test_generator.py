@@ -320,7 +320,7 @@ class TestCheckpoints:
     def test_a_checkpoint_of_something_else(self, model, tmp_path, user_error):
         small_generator().save(tmp_path / "last")
         path = tmp_path / "last" / "checkpoint.yaml"
-        path.write_text(yaml.safe_dump({"model": model}))
+        path.write_text(yaml.safe_dump({"model": model, "complete": True}))
         with user_error(tmp_path / "last"):
             Generator.load(tmp_path / "last", field=gravity(4), network=MLP((2, 2))) if model is None else (
                 Generator.load(tmp_path / "last")
@@ -345,7 +345,7 @@ class TestTrust:
         path = tmp_path / "last" / "checkpoint.yaml"
         description = checkpoints.read_description(tmp_path / "last")
         description["model"]["field"] = {"_target_": "os.system", "command": "true"}
-        path.write_text(yaml.safe_dump(description))
+        path.write_text(yaml.safe_dump({**description, "complete": True}))
         with user_error("'os.system'"):
             Generator.load(tmp_path / "last")
 
@@ -353,7 +353,7 @@ class TestTrust:
         """diffusion.specs.build is itself inside the package, and reading a file gives a mapping not yet built."""
         (tmp_path / "evil").mkdir()
         inner = {"_target_": "os.mkdir", "path": str(tmp_path / "made")}
-        (tmp_path / "evil" / "checkpoint.yaml").write_text(yaml.safe_dump(inner))
+        (tmp_path / "evil" / "checkpoint.yaml").write_text(yaml.safe_dump({**inner, "complete": True}))
         read = {"_target_": "diffusion.checkpoints.read_description", "folder": str(tmp_path / "evil")}
         with pytest.raises(ValueError):
             specs.build({"_target_": "diffusion.specs.build", "spec": read, "trust": ["os"]})

@@ -27,7 +27,8 @@ class Model(Protocol):
     field: Field
     device: torch.device
 
-    def velocity(self, x: Tensor, t: Tensor | float, **conditions: Any) -> Tensor: ...
+    def velocity(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
+        """The velocity (B, *shape) at `x` (B, *shape) and the times `t` (B,)."""
 
 
 class Counted:

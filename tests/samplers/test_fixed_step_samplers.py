@@ -84,8 +84,17 @@ def test_times_of_evaluation_are_those_of_the_grid(sampler):
 
 @every_sampler
 def test_states_are_double_precision_whatever_the_prior_draw(sampler):
-    problem = solved("variance_exploding")
-    assert sampler(5)(problem.model, problem.x_T.float()).dtype == torch.float64
+    problem, seen = solved("variance_exploding"), []
+
+    class Watched:
+        field = problem.model.field
+
+        def velocity(self, x, t):
+            seen.append((x.dtype, t.dtype))
+            return problem.model.velocity(x, t)
+
+    assert sampler(5)(Watched(), problem.x_T.float()).dtype == torch.float32
+    assert set(seen) == {(torch.float64, torch.float64)}
 
 
 @pytest.mark.parametrize("name", BUILD)

@@ -56,7 +56,8 @@ class Recorded:
     def velocity(self, x, t, label=None):
         self.labels.append(label)
         target = torch.zeros_like(x) if label is None else label.double()[:, None].expand_as(x)
-        return (x - target) / t
+        assert t.shape == x.shape[:1]
+        return (x - target) / t[:, None]
 
 
 def test_each_sample_gets_its_label():
@@ -80,8 +81,8 @@ class Broken:
         self.field, self.value = variance_exploding(), value
 
     def velocity(self, x, t):
-        v = x / t
-        if t < 1:
+        v = x / t[:, None]
+        if t[0] < 1:
             v[3, 1] = self.value
         return v
 
