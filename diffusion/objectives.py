@@ -79,8 +79,7 @@ class FieldMatching:
         """Squared error (B, *shape)."""
         x0, number = batch.x, len(batch.x)
         t = self.times.draw(number, batch.generator).to(x0)
-        z = self.field.draw(x0.shape, batch.generator, dtype=x0.dtype).to(x0.device)
-        x = self.field.transport(x0, z, t)
+        x = self.field.sample(x0, t, batch.generator)
         prediction = network(x, t, self._hide(batch))
         return ((prediction.target - self.field.target(x, t, x0)) / prediction.error).square()
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.fields import conversions
-from diffusion.fields.base import Field, expand_time
-from diffusion.fields.laws import Gaussian, Law, StudentT
+from diffusion.fields.base import Field, Isotropic, expand_time
+from diffusion.fields.laws import Gaussian, IsotropicLaw, Law, StudentT
 from diffusion.specs import recorded
 
 
@@ -63,13 +63,6 @@ class AffineField(Field):
         if not bool((ratio.diff() > 0).all()):
             raise UserError("sigma(t) / alpha(t) does not rise from t_min to the horizon; check alpha and sigma")
 
-    def clock(self, points: int) -> Tensor:
-        """`points` times from t_min to the horizon, even in t^(1/rho), (points,) float64."""
-        ends = torch.tensor([self.t_min, self.horizon], dtype=torch.float64) ** (1 / self.rho)
-        times = torch.linspace(*ends.tolist(), points, dtype=torch.float64) ** self.rho
-        times[0], times[-1] = self.t_min, self.horizon
-        return times
-
     def log_noise_to_signal(self, t: Tensor) -> Tensor:
         """log(sigma_t / alpha_t), in the shape of `t`; infinite where alpha is 0."""
         return self.sigma(t).log() - self.alpha(t).log()
@@ -100,13 +93,6 @@ class AffineField(Field):
         z = (x - self.alpha(t) * x0) / sigma
         return self.base.log_prob(z) - x[0].numel() * sigma.flatten().log()
 
-    def sample_prior(self, size, generator=None, dtype=None, device=None):
-        z = self.draw(size, generator, dtype, device)
-        return self.sigma(expand_time(self.horizon, z)) * z
-
-    def prior_log_prob(self, x):
-        return self.log_prob(x, self.horizon, torch.zeros_like(x))
-
     def target(self, x, t, x0):
         """x0 itself: for every base law the velocity is linear in E[x0|x], which does not blow up as t -> 0."""
         return x0
@@ -117,6 +103,22 @@ class AffineField(Field):
     def endpoint(self, x, t, velocity):
         """E[x0|x], exactly."""
         return conversions.from_velocity(self.schedule(x, t), x, velocity).denoised
+
+    def isotropic(self, x, t):
+        """The field as a function of distances.
+
+        Raises:
+            Unavailable: the base law is not isotropic.
+        """
+        if not isinstance(self.base, IsotropicLaw):
+            return super().isotropic(x, t)
+        dim, one = x[0].numel(), x.flatten(1)[:, :1]
+        alpha, sigma, alpha_dot, sigma_dot = (c.expand_as(one) for c in self.schedule(one, t))
+
+        def log_prob(squared: Tensor) -> Tensor:
+            return self.base.log_prob_at(squared / sigma.square(), dim) - dim * sigma.log()
+
+        return Isotropic(alpha, alpha_dot, log_prob, lambda squared: (sigma_dot / sigma).expand_as(squared))
 
 
 @recorded

@@ -61,13 +61,26 @@ class Law(ABC):
             )
 
 
+class IsotropicLaw(Law):
+    """A law whose density depends on the length of z alone."""
+
+    @abstractmethod
+    def log_prob_at(self, squared: Tensor, dim: int) -> Tensor:
+        """Log-density in nats where |z|^2 = `squared`, of any shape, in `dim` coordinates."""
+
+    def log_prob(self, z):
+        self._check(z.shape)
+        z = z.flatten(1)
+        return self.log_prob_at(z.square().sum(1), z.shape[1])
+
+
 def _place(generator: torch.Generator | None, device: torch.device | str | None) -> torch.device | str | None:
     """Draws are made where their generator lives, unless told otherwise."""
     return generator.device if device is None and generator is not None else device
 
 
 @recorded
-class Gaussian(Law):
+class Gaussian(IsotropicLaw):
     """z ~ N(0, I)."""
 
     def __init__(self, dim: int | None = None):
@@ -77,14 +90,12 @@ class Gaussian(Law):
         self._check(size)
         return torch.randn(size, generator=generator, dtype=dtype, device=_place(generator, device))
 
-    def log_prob(self, z):
-        self._check(z.shape)
-        z = z.flatten(1)
-        return -0.5 * (z.square().sum(1) + z.shape[1] * math.log(2 * math.pi))
+    def log_prob_at(self, squared, dim):
+        return -0.5 * (squared + dim * math.log(2 * math.pi))
 
 
 @recorded
-class StudentT(Law):
+class StudentT(IsotropicLaw):
     """The isotropic Student-t law with `dof` = D degrees of freedom in `dim` = d dimensions.
 
     z = sqrt(D) eps_x / |eps_D| with eps_x ~ N(0, I_d), eps_D ~ N(0, I_D): a Gaussian whose scale R = sqrt(D) / |eps_D|
@@ -109,11 +120,10 @@ class StudentT(Law):
         # In single precision chi2 can underflow to 0 for D < 1; the smallest normal number keeps z finite.
         return eps * (self.dof / chi2.clamp_min(torch.finfo(eps.dtype).tiny)).sqrt()
 
-    def log_prob(self, z):
-        self._check(z.shape)
-        d, dof = self.dim, self.dof
-        constant = math.lgamma((dof + d) / 2) - math.lgamma(dof / 2) - 0.5 * d * math.log(dof * math.pi)
-        return constant - 0.5 * (dof + d) * torch.log1p(z.flatten(1).square().sum(1) / dof)
+    def log_prob_at(self, squared, dim):
+        dof = self.dof
+        constant = math.lgamma((dof + dim) / 2) - math.lgamma(dof / 2) - 0.5 * dim * math.log(dof * math.pi)
+        return constant - 0.5 * (dof + dim) * torch.log1p(squared / dof)
 
     @property
     def scales(self):
