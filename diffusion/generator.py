@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from diffusion import checkpoints, specs
 from diffusion.errors import UserError
-from diffusion.fields import AffineField, Gaussian, conversions
-from diffusion.preconditioning import Preconditioner
+from diffusion.fields import AffineField, Field, Gaussian, conversions
+from diffusion.preconditioning import MeasuredPreconditioner, Preconditioner
 from diffusion.samplers import Heun, generate
 from diffusion.samplers.base import Sampler
 
@@ -29,16 +29,17 @@ class Generator(nn.Module):
     Times are numbers or (B,), points (B, *shape), labels (B,). Results have the dtype of x; the network keeps its own.
 
     Args:
-        field: an affine field.
+        field: any field; denoised, noise and score need an affine one.
         network: network(x, noise, label) -> output like x, with `num_classes` (see diffusion.networks).
         shape: of one data point, such as (1, 8, 8).
     """
 
-    def __init__(self, field: AffineField, network: nn.Module, shape: Sequence[int]):
+    def __init__(self, field: Field, network: nn.Module, shape: Sequence[int]):
         super().__init__()
         self.field, self.network, self.shape = field, network, tuple(shape)
         self.num_classes = network.num_classes
-        self.precondition = Preconditioner(field, self.shape)
+        wrap = Preconditioner if isinstance(field, AffineField) else MeasuredPreconditioner
+        self.precondition = wrap(field, self.shape)
 
     def calibrate(self, x0: Tensor) -> "Generator":
         """Take the moments of the data, on which the preconditioning rests, from a sample (N, *shape) of it."""
@@ -47,15 +48,22 @@ class Generator(nn.Module):
         return self
 
     def forward(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Prediction:
-        """E[x0|x], with the unit in which its error is to be measured."""
+        """The conditional mean of the field's target, with the unit in which its error is to be measured."""
         c = self.precondition(x, t)
         dtype = next(self.network.parameters()).dtype
         output = self.network((c.scale * c.y).to(dtype), c.noise.to(dtype), label).to(x.dtype)
-        return Prediction(self.precondition.centre.to(x.dtype) + c.skip * c.y + c.out * output, c.out)
+        return Prediction(c.offset + c.skip * c.y + c.out * output, c.out)
 
     def estimate(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> conversions.Estimate:
-        """Denoised, noise and velocity together, for one evaluation of the network."""
+        """Denoised, noise and velocity together, for one evaluation of the network.
+
+        Raises:
+            UserError: the field is not affine; only then are the three linear in each other.
+        """
         self._check(x)
+        if not isinstance(self.field, AffineField):
+            kind = type(self.field).__name__
+            raise UserError(f"the field is {kind}, expected an affine one; the others have a velocity only")
         return conversions.from_denoised(self.field.schedule(x, t), x, self(x, t, label).target)
 
     def denoised(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Tensor:
@@ -68,7 +76,8 @@ class Generator(nn.Module):
 
     def velocity(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Tensor:
         """f_t(x) = E[f_t(x|x0)|x]."""
-        return self.estimate(x, t, label).velocity
+        self._check(x)
+        return self.field.velocity_from_target(x, t, self(x, t, label).target)
 
     def score(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Tensor:
         """grad log p_t(x).
@@ -76,11 +85,9 @@ class Generator(nn.Module):
         Raises:
             UserError: the base law is not Gaussian; only then is the score linear in the denoised mean.
         """
-        if not isinstance(self.field.base, Gaussian):
-            law = type(self.field.base).__name__
-            raise UserError(
-                f"the base law is {law}; expected Gaussian; for others the velocity does not give the score"
-            )
+        law = type(self.field.base if isinstance(self.field, AffineField) else self.field).__name__
+        if not isinstance(self.field, AffineField) or not isinstance(self.field.base, Gaussian):
+            raise UserError(f"the law of the noise is {law}; expected Gaussian: for others the velocity gives no score")
         schedule = self.field.schedule(x, t)
         return conversions.score_from_noise(schedule, self.noise(x, t, label))
 
@@ -135,16 +142,23 @@ class Generator(nn.Module):
 
     @classmethod
     def load(
-        cls, folder: str | Path, device: torch.device | str = "cpu", **parts: AffineField | nn.Module
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        trust: str | Sequence[str] | None = None,
+        **parts: AffineField | nn.Module,
     ) -> "Generator":
         """The generator of a checkpoint, in evaluation mode.
 
         Args:
             folder: written by `save` or by training, such as outputs/.../checkpoints/last.
+            trust: a module of the user's own, or several, such as "my_module", whose functions and classes the
+                checkpoint may name. They are imported and called; nothing else outside of this package is.
             parts: ``field`` or ``network``, where these are a user's own objects, which no file can hold.
 
         Raises:
-            UserError: there is no checkpoint, it is damaged, or it is not of a generator.
+            UserError: there is no checkpoint, it is damaged, it is not of a generator, or it names what is neither
+                part of this package nor of `trust`.
         """
         spec = checkpoints.read_description(folder).get("model")
         if not isinstance(spec, dict):
@@ -154,7 +168,7 @@ class Generator(nn.Module):
             raise UserError(
                 f"checkpoint {folder} could not store its {missing[0]}; pass Generator.load(..., {missing[0]}=...)"
             )
-        generator = specs.build(spec | parts)
+        generator = specs.build(spec | parts, trust)
         if not isinstance(generator, cls):
             raise UserError(f"checkpoint {folder} holds a {type(generator).__name__}, expected a {cls.__name__}")
         checkpoints.load_weights(generator, checkpoints.read_tensors(folder, "model"), folder)

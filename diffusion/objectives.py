@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.errors import UserError
-from diffusion.fields import AffineField
 from diffusion.generator import Generator
 
 
@@ -25,24 +24,26 @@ class Objective(Protocol):
 class NoiseLevels:
     """A law of training times: log(noise / signal) normal with the given mean and std, cut off at t_min and T.
 
-    noise / signal is sigma_t / (alpha_t std) with std that of the data, so one law serves all affine fields: in VE and
+    noise / signal is sigma_t / (alpha_t std) with std that of the data, so one law serves all fields: in VE and
     PFGM++ it is EDM's log-normal law of sigma (Karras et al. 2022, sec. 5), which has mean -0.5 in this unit; in flow
     matching it is the logit-normal law of t (Esser et al. 2024). The times of a batch are stratified, one in each of
     B equal shares of the law, which leaves each of them with that law and lowers the variance of the loss.
 
     Args:
-        field: an affine field.
-        data_std: of the data, per coordinate.
+        times: (N,) rising from t_min to T, close together.
+        levels: (N,) log(noise / signal) at these times, rising.
         mean, std: of log(noise / signal).
+        even_share: share of the times drawn evenly from `times` instead.
     """
 
-    def __init__(self, field: AffineField, data_std: float, mean: float = -0.5, std: float = 1.2):
+    def __init__(self, times: Tensor, levels: Tensor, mean: float = -0.5, std: float = 1.2, even_share: float = 0.0):
         if not std > 0:
             raise UserError(f"noise levels have std={std}, expected a positive number")
         self.mean, self.std = mean, std
-        self.times = field.clock(4096)
-        levels = field.log_noise_to_signal(self.times) - torch.tensor(data_std, dtype=torch.float64).log()
-        self.shares = torch.special.ndtr((levels - mean) / std)
+        self.times = times
+        normal = torch.special.ndtr((levels - mean) / std)
+        normal = (normal - normal[0]) / (normal[-1] - normal[0])
+        self.shares = normal.lerp(torch.linspace(0, 1, len(times), dtype=torch.float64), even_share)
 
     def draw(self, number: int, generator: torch.Generator) -> Tensor:
         """(number,) times, float64, in random order of size, on the device of `generator`."""
@@ -51,7 +52,6 @@ class NoiseLevels:
         places = torch.randperm(number, generator=generator, device=device)
         u = ((places + torch.rand(number, **options)) / number).double()
         shares, times = self.shares.to(device), self.times.to(device)
-        u = shares[0] + u * (shares[-1] - shares[0])
         right = torch.searchsorted(shares, u).clamp(1, len(shares) - 1)
         weight = ((u - shares[right - 1]) / (shares[right] - shares[right - 1])).clamp(0, 1)
         return times[right - 1].lerp(times[right], weight)
@@ -60,8 +60,9 @@ class NoiseLevels:
 class FieldMatching:
     """Regression of a generator on its field's target, in units of the error expected at each (x, t).
 
-    For affine fields the target is x0 and the unit the preconditioner's `out`, so that the network's raw output is
-    regressed on a target of unit variance: EDM's loss, for every base law. The unit depends on (x, t) alone.
+    For affine fields the target is x0, for others the velocity; the unit is the preconditioner's `out`, so that the
+    network's raw output is regressed on a target of unit variance: EDM's loss, for every field. The unit depends on
+    (x, t) alone.
 
     Args:
         generator: to be trained, calibrated to its data.
@@ -73,7 +74,8 @@ class FieldMatching:
         if not 0 <= label_dropout <= 1:
             raise UserError(f"label_dropout is {label_dropout}, expected a probability")
         self.field, self.num_classes, self.label_dropout = generator.field, generator.num_classes, label_dropout
-        self.times = NoiseLevels(generator.field, float(generator.precondition.std), mean, std)
+        times, wrap = generator.field.clock(4096), generator.precondition
+        self.times = NoiseLevels(times, wrap.log_noise_to_signal(times), mean, std, wrap.even_share)
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
         """Squared error (B, *shape)."""

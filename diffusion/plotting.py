@@ -1,4 +1,4 @@
-"""Pictures and files of samples."""
+"""Pictures and files: samples, and what a validation found."""
 
 from pathlib import Path
 
@@ -8,7 +8,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from diffusion.audit import Audit
 from diffusion.data import to_uint8
+from diffusion.fields import Field, Report
+from diffusion.fields.checks import STRONG
+from diffusion.fields.lines import follow
 
 
 def save_samples(x: Tensor, folder: str | Path, name: str = "samples") -> Path:
@@ -52,3 +56,60 @@ def save_points(points: Tensor, path: str | Path) -> None:
     axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.set_aspect("equal")
     figure.savefig(path, dpi=120)
+
+
+def save_report(report: Report, field: Field, x0: Tensor, path: str | Path) -> Path:
+    """Write one PNG of a validation: field lines of one data point, residual against time, radius law against draws.
+
+    Args:
+        x0: (*shape), the data point.
+    """
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    lines, residual, radius = figure.subplots(1, 3)
+    times, places = follow(field, x0, 24)
+    places = places.flatten(2)
+    if places.shape[2] == 2:
+        late = places[times >= 0.02 * times[-1]] if field.rho > 1 else places
+        for line in late.unbind(1):
+            lines.plot(line[:, 0], line[:, 1], color="C0", linewidth=0.8)
+        lines.plot(*x0.flatten().tolist(), "o", color="C3")
+        lines.set(title="field lines of one data point", xlabel="$x_1$", ylabel="$x_2$")
+        lines.set_aspect("equal", adjustable="datalim")
+    else:
+        distance = (places - x0.double().flatten()).square().mean(2).sqrt()
+        lines.plot(times, distance, color="C0", linewidth=0.8)
+        scale = "log" if field.rho > 1 else "linear"
+        lines.set(title="field lines of one data point", xscale=scale, yscale=scale)
+        lines.set(xlabel="time t", ylabel=r"$|x_t - x_0| / \sqrt{d}$")
+    scale = "log" if field.rho > 1 else "linear"
+    time, value = report.residuals
+    residual.plot(time, value.abs().clamp_min(1e-18), ".")
+    residual.axhline(STRONG, color="C3", linewidth=0.8)
+    residual.set(title="continuity (strong)", xscale=scale, yscale="log", xlabel="time t", ylabel="relative residual")
+    for t, u in report.quantiles.items():
+        share = torch.linspace(0, 1, len(u))
+        radius.plot(share, u.sort().values, label=f"t = {t:.3g}")
+    radius.plot([0, 1], [0, 1], color="C3", linewidth=0.8)
+    radius.set(title="radius: law against draws", xlabel="share of the draws", ylabel="share of the law")
+    if report.quantiles:
+        radius.legend()
+    figure.savefig(path, dpi=110)
+    return Path(path)
+
+
+def save_audit(audit: Audit, path: str | Path) -> Path:
+    """Write one PNG of an audit: residuals of the test functions against time, and the share of the flux missing."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    residual, share = figure.subplots(1, 2)
+    scale = "log" if audit.times[0] < 0.05 * audit.times.diff().median() else "linear"
+    residual.plot(audit.times, audit.z.abs(), ".", color="C0", markersize=3)
+    residual.plot(audit.times, audit.z.square().mean(1).sqrt(), color="C1", label="root mean square")
+    residual.axhline(audit.limit, color="C3", linewidth=0.8, label="limit of an exact velocity")
+    residual.set(
+        title="weak continuity", xscale=scale, yscale="log", xlabel="time t", ylabel="residual, standard errors"
+    )
+    residual.legend()
+    share.plot(audit.times, audit.share, color="C1")
+    share.set(title="share of the flux", xscale=scale, xlabel="time t", ylabel="missing")
+    figure.savefig(path, dpi=110)
+    return Path(path)

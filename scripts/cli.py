@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import inspect
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,11 +13,13 @@ from pathlib import Path
 
 import hydra
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from diffusion import UserError
+from diffusion import Generator, UserError, checkpoints, specs
+from diffusion.data import Splits
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, OSError, torch.OutOfMemoryError)
 
@@ -23,6 +27,7 @@ USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, OSError, torch
 def command(config_name: str) -> Callable:
     """Make `main(config)` a command that composes conf/`config_name`.yaml with the overrides of the command line.
 
+    The user's own modules, which options may name, are found where the command is run.
     What the user can put right ends in one line and exit status 2. Hydra's own switch, HYDRA_FULL_ERROR=1, shows the
     whole traceback instead.
     """
@@ -54,11 +59,25 @@ def command(config_name: str) -> Callable:
         @functools.wraps(main)
         def run() -> None:
             with one_line():
+                sys.path.append(os.getcwd())  # last, so that no file there hides an installed module
+                sys.argv[1:] = map(_as_text, sys.argv[1:])
                 hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)(task)()
 
         return run
 
     return decorate
+
+
+def _as_text(argument: str) -> str:
+    """`option=value`, with the value quoted where Hydra cannot read it as it is, such as tanh(r/t)^2."""
+    option, equals, value = argument.partition("=")
+    if not equals or option.startswith("-") or not re.search(r"[(^]", value) or re.search(r"""['"\\$\[{]""", value):
+        return argument
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return f"{option}='{value}'"
+    return argument
 
 
 def _one_line(error: BaseException) -> str:
@@ -88,8 +107,58 @@ def expect(config: DictConfig, **kinds: type) -> None:
 
 
 def build(config: DictConfig, **extra):
-    """The object that a group of the configuration describes."""
-    return hydra.utils.instantiate(config, **extra, _convert_="all")
+    """The object that a group of the configuration describes, with the specification by which checkpoints keep it.
+
+    Where the target takes a function, an option may name one of the user's own, such as field.cdf=my_module.psi.
+
+    Raises:
+        UserError: a module of the user's own cannot be imported, or lacks what an option names.
+    """
+    plain = config if isinstance(config, dict) else OmegaConf.to_container(config, resolve=True)
+    functions = _functions(plain)
+    try:
+        built = hydra.utils.instantiate(config, **functions, **extra, _convert_="all")
+    except InstantiationException as error:
+        if target := re.match(r"Error locating target '([^']+)'", str(error)):
+            specs.locate(target[1])  # raises with what is wrong with it
+        raise
+    if not extra:
+        specs.attach(built, plain | functions)
+    return built
+
+
+def _functions(plain: dict) -> dict[str, Callable]:
+    """The options that name a function, such as my_module.psi, where the target's parameter is a Callable."""
+    named = {name: value for name, value in plain.items() if name != "_target_" and _is_path(value)}
+    if not named:
+        return {}
+    parameters = inspect.signature(specs.locate(plain["_target_"])).parameters
+    return {
+        name: specs.locate(value)
+        for name, value in named.items()
+        if name in parameters and "Callable" in str(parameters[name].annotation)
+    }
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and "." in value and specs.DOTTED.fullmatch(value) is not None
+
+
+def checkpoint_data(config: DictConfig, generator: Generator) -> Splits:
+    """The data set of the option `data`, or else the one that the checkpoint was trained on.
+
+    Raises:
+        UserError: the checkpoint does not know it, or its shape is not the generator's.
+    """
+    trained_on = checkpoints.read_description(config.checkpoint).get("data")
+    chosen = config.get("data")
+    if not (chosen or trained_on):
+        raise UserError(f"checkpoint {config.checkpoint} does not say what data it was trained on; give data=...")
+    splits = build(chosen) if chosen else specs.build(trained_on, config.trust)
+    if splits.train.shape != generator.shape:
+        shapes = f"data {splits.name} has shape {splits.train.shape}, expected {generator.shape} as in the checkpoint"
+        raise UserError(f"{shapes}; give other data=...")
+    return splits
 
 
 def run_folder() -> Path:

@@ -3,25 +3,18 @@
 import json
 
 import torch
-from cli import build, command, expect, run_folder
+from cli import build, checkpoint_data, command, expect, run_folder
 from omegaconf import DictConfig
 
-from diffusion import Generator, UserError, checkpoints, devices, specs
+from diffusion import Generator, devices
 from diffusion.metrics import InceptionFeatures, default_features, evaluate
 
 
 @command("evaluate")
 def main(config: DictConfig) -> None:
     expect(config, seed=int, num_samples=int, batch_size=int, inception=bool)
-    generator = Generator.load(config.checkpoint, devices.pick(config.device))
-    trained_on = checkpoints.read_description(config.checkpoint).get("data")
-    chosen = config.get("data")
-    if not (chosen or trained_on):
-        raise UserError(f"checkpoint {config.checkpoint} does not say what data it was trained on; give data=...")
-    splits = build(chosen) if chosen else specs.build(trained_on)
-    if splits.train.shape != generator.shape:
-        shapes = f"data {splits.name} has shape {splits.train.shape}, expected {generator.shape} as in the checkpoint"
-        raise UserError(f"{shapes}; give other data=...")
+    generator = Generator.load(config.checkpoint, devices.pick(config.device), config.trust)
+    splits = checkpoint_data(config, generator)
     features = InceptionFeatures() if config.inception else default_features(splits)
     label = torch.arange(config.num_samples) % generator.num_classes if generator.num_classes else None
     sampler = build(config.sampler)

@@ -13,7 +13,7 @@ from diffusion.samplers import Counted, generate
 @command("sample")
 def main(config: DictConfig) -> None:
     expect(config, seed=int, num_samples=int, batch_size=int, label=int)
-    generator = Generator.load(config.checkpoint, devices.pick(config.device))
+    generator = Generator.load(config.checkpoint, devices.pick(config.device), config.trust)
     number, counted = config.num_samples, Counted(generator)
     label = generator.labels(config.label, number)
     size = (number, *generator.shape)

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffusion import Generator, UserError, checkpoints, devices
 from diffusion.data import Splits
+from diffusion.fields import Field, validate
 from diffusion.logging import RunLog
 from diffusion.metrics import Features, InceptionFeatures, default_features, evaluate
 from diffusion.plotting import save_picture, save_samples
@@ -18,12 +19,14 @@ from diffusion.randomness import derive_seed
 
 CALIBRATION_EXAMPLES, CALIBRATION_NUMBERS = 10_000, 10**8
 LEAST_EVALUATED = 20
+VALIDATED = 256
 GRID_SAMPLES = 64
 
 
 @command("train")
 def main(config: DictConfig) -> None:
     expect(config, seed=int, num_samples=int, batch_size=int, conditional=bool, inception=bool)
+    expect(config, validate=bool)
     expect(config.trainer, devices=int)
     folder = run_folder()
     resume = _checkpoint_to_resume(config.resume, folder, config.trainer.steps)
@@ -37,8 +40,11 @@ def main(config: DictConfig) -> None:
 
     splits = build(config.data)
     _fill_in(config, splits)
+    field = build(config.field)
+    if config.validate and is_main and not resume:
+        _refuse_wrong(field, splits)
     torch.manual_seed(derive_seed(config.seed, "network"))
-    generator = Generator(build(config.field), build(config.model), splits.train.shape)
+    generator = Generator(field, build(config.model), splits.train.shape)
     order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(config.seed))
     most = max(2, min(CALIBRATION_EXAMPLES, CALIBRATION_NUMBERS // math.prod(generator.shape)))
     generator.calibrate(splits.train.take(order[:most]).x)
@@ -73,6 +79,18 @@ def main(config: DictConfig) -> None:
             run.evaluation(evaluation.to_dict())
             print(evaluation.table())
     print(f"run: {folder}")
+
+
+def _refuse_wrong(field: Field, splits: Splits) -> None:
+    """Check the field, with few draws, before anything is trained on it."""
+    report = validate(field, splits.train.take(torch.arange(min(len(splits.train), VALIDATED))).x, effort=0.02)
+    if not report.passed:
+        checks = "; ".join(
+            f"{check.name}: {check.figure:.3g} {check.unit}, expected at most {check.tolerance:.3g}"
+            for check in report.checks
+            if check.passed is False
+        )
+        raise UserError(f"the field is wrong: {checks}. See scripts/validate.py; validate=false trains all the same")
 
 
 def _features(config: DictConfig, splits: Splits) -> Features | None:

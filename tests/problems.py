@@ -20,11 +20,24 @@ from diffusion.fields import (
     Field,
     Gaussian,
     Law,
+    PrincipalGaussian,
     Product,
+    RadialField,
     StudentT,
+    TrajectoryField,
+    curved,
+    drifting,
     gravity,
+    laplace,
     linear,
     pfgmpp,
+    radial_exponential,
+    radial_gaussian,
+    radial_gravity,
+    radial_stretched,
+    radial_tanh,
+    straight,
+    uniform,
     variance_exploding,
     variance_preserving,
 )
@@ -58,6 +71,34 @@ def quadratic_logistic() -> AffineField:
     return AffineField(lambda t: (1 + t).reciprocal(), lambda t: t + t.square(), Logistic(), 4.0, rho=3.0)
 
 
+def narrowing() -> RadialField:
+    """A radial law of one's own, without an inverse, that changes its shape with time and does not grow like t."""
+    return RadialField(lambda r, t: -torch.expm1(-((r / (t + t.square())) ** (4 + t)) / 2), 3, 5.0, rho=5.0)
+
+
+def principal() -> TrajectoryField:
+    """Straight lines to a Gaussian with a mean and correlations, in three coordinates."""
+    u = torch.tensor([[2.0, 1.0, 2.0], [1.0, 2.0, -2.0]], dtype=torch.float64) / 3
+    return straight(PrincipalGaussian([0.5, -1.0, 2.0], u.tolist(), [4.0, 0.3], 0.7))
+
+
+def coupled() -> TrajectoryField:
+    """Lines to a prior whose coordinates mix on the way, in two dimensions: nothing is known but the map."""
+
+    def trajectory(x0: Tensor, x_T: Tensor, t: Tensor) -> Tensor:
+        mixed = torch.stack([x_T[..., 0] + 0.6 * x_T[..., 1].sin(), x_T[..., 1] - 0.8 * x_T[..., 0].tanh()], -1)
+        return (1 - t) * x0 + t * (1 - t) * x0.flip(-1).sin() + t * mixed
+
+    return TrajectoryField(trajectory, laplace(), 1.0)
+
+
+def swirling() -> TrajectoryField:
+    """The centre moves along a curve, with coordinates that mix, while the noise grows as the sine."""
+    return drifting(
+        lambda x0, t: (1 - t) * x0 + t * (1 - t) * x0.roll(1, -1).square(), lambda t: (0.5 * math.pi * t).sin()
+    )
+
+
 class FieldCase(NamedTuple):
     """A field and what the laws must know of it."""
 
@@ -66,6 +107,7 @@ class FieldCase(NamedTuple):
     dim: int
     isotropic: bool = False  # p_t(x|x0) depends on the distance from `centre(field, x0, t)` alone
     has_jumps: bool = False  # p_t(x|x0) is not continuous in x: integration by parts leaves boundary terms
+    has_pole: bool = False  # p_t(x|x0) is infinite at x0, and the square of its score has no mean
 
 
 FIELDS = [
@@ -81,6 +123,19 @@ FIELDS = [
     FieldCase("cosine_laplace", cosine_laplace, 3),
     FieldCase("half_uniform", half_uniform, 2, has_jumps=True),
     FieldCase("quadratic_logistic", quadratic_logistic, 2),
+    FieldCase("radial_gravity", lambda: radial_gravity(2), 2, isotropic=True),
+    FieldCase("radial_gaussian_64", lambda: radial_gaussian(64), 64, isotropic=True),
+    FieldCase("radial_tanh", lambda: radial_tanh(2), 2, isotropic=True, has_pole=True),
+    FieldCase("radial_exponential", lambda: radial_exponential(3), 3, isotropic=True, has_pole=True),
+    FieldCase("radial_stretched", lambda: radial_stretched(2), 2, isotropic=True, has_pole=True),
+    FieldCase("radial_stretched_64", lambda: radial_stretched(64), 64, isotropic=True, has_pole=True),
+    FieldCase("radial_narrowing", narrowing, 3, isotropic=True),
+    FieldCase("straight_uniform", lambda: straight(uniform()), 2, has_jumps=True),
+    FieldCase("straight_principal", principal, 3),
+    FieldCase("curved", lambda: curved(laplace(), 2.0), 3),
+    FieldCase("curved_the_other_way", lambda: curved(Gaussian(), -0.4), 2),
+    FieldCase("coupled", coupled, 2),
+    FieldCase("swirling", swirling, 2),
 ]
 AFFINE = [case for case in FIELDS if isinstance(case.build(), AffineField)]
 CLOSED_FORM = [case for case in AFFINE if isinstance(case.build().base, Gaussian | StudentT)]
@@ -295,7 +350,9 @@ class PointMasses:
     def average(self, quantity, x: Tensor, t: Tensor | float) -> Tensor:
         """The mean (B, d) of quantity(x, t, x0) over x0 given x."""
         values = quantity(*self._pairs(x, t)).view(len(x), len(self.points), -1)
-        return torch.einsum("bk,bkd->bd", self._log_joint(x, t).softmax(1), values)
+        share = self._log_joint(x, t).softmax(1)
+        values = values.where(share[:, :, None] > 0, 0)  # a velocity is not defined where there is no mass
+        return torch.einsum("bk,bkd->bd", share, values)
 
     def denoised(self, x: Tensor, t: Tensor | float) -> Tensor:
         return self.average(lambda x, t, x0: x0, x, t)

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,8 @@ BAD_COMMANDS = [
     ("sample", ["checkpoint=TRAINED", "num_samples=0"], "cannot draw 0 samples"),
     ("sample", ["checkpoint=TRAINED", "label=1"], "label is [1]"),
     ("sample", ["checkpoint=RUN"], "is a run, not a checkpoint"),
+    ("sample", ["checkpoint=TRAINED", "trust=my_module.py"], "trust is 'my_module.py', expected the name of a module"),
+    ("sample", ["checkpoint=TRAINED", "trust=3"], "trust is 3, expected the name of a module"),
     ("evaluate", ["checkpoint=TRAINED", "inception=true"], "Inception"),
     ("evaluate", ["checkpoint=nowhere"], "no checkpoint at nowhere"),
     ("evaluate", ["checkpoint=TRAINED", "data=moons"], "data moons has shape (2,), expected (1, 8, 8)"),
@@ -225,6 +228,99 @@ def test_mistakes_end_in_one_line_and_status_2(run, trained, command, options, w
     assert status == 2, err
     assert len(lines) == 1 and lines[0].startswith("error: "), err
     assert words in lines[0]
+
+
+OWN_FIELD = """
+from collections.abc import Callable
+from diffusion.fields import AffineField, StudentT
+
+class Bent(AffineField):
+    def __init__(self, dim: int, horizon: float, t_min: float, sigma: Callable):
+        super().__init__(lambda t: t**0, sigma, StudentT(1.0, dim), horizon, t_min)
+
+def bend(t):
+    return t + t**2 / 1000
+"""
+
+
+@pytest.fixture
+def module(tmp_path):
+    """module(name, source) writes a module of the user's own to where commands are run."""
+    written = []
+
+    def write(name, source):
+        (tmp_path / f"{name}.py").write_text(source)
+        written.append(name)
+
+    yield write
+    for name in written:
+        sys.modules.pop(name, None)
+
+
+def test_a_field_of_ones_own_is_trained_and_loaded_with_trust_alone(run, module, tmp_path):
+    module("own_field", OWN_FIELD)
+    folder = tmp_path / "run"
+    own = ["field._target_=own_field.Bent", "+field.sigma=own_field.bend", f"hydra.run.dir={folder}"]
+    assert run("train", *TINY, *own)[0] == 0
+    last = f"checkpoint={folder}/checkpoints/last"
+    stored = yaml.safe_load((folder / "checkpoints" / "last" / "checkpoint.yaml").read_text())["model"]["field"]
+    assert stored == {
+        "_target_": "own_field.Bent", "dim": 64, "horizon": 80.0, "t_min": 0.002,
+        "sigma": {"_function_": "own_field.bend"},
+    }  # fmt: skip
+    sys.modules.pop("own_field")
+    for command, options in (("sample", ["num_samples=2"]), ("evaluate", ["num_samples=50"])):
+        for trust in ([], ["trust=other"], ["trust=[a,b]"]):
+            status, _, err = run(command, last, *options, *trust)
+            assert status == 2 and err.count("\n") == 1
+            assert "the checkpoint names 'own_field.bend'" in err and "load with trust=own_field" in err
+        assert "own_field" not in sys.modules
+    assert run("sample", last, "num_samples=2", "sampler.steps=2", "trust=own_field")[0] == 0
+    assert run("evaluate", last, "num_samples=50", "sampler.steps=2", "trust=[other,own_field]")[0] == 0
+    assert run("train", *TINY, *own, f"resume={folder}/checkpoints/best")[0] == 0
+    status, _, err = run("train", *TINY, *own[:1], "+field.sigma=own_field.bent")
+    assert status == 2 and "own_field.py) has no 'bent'" in err and err.count("\n") == 1
+
+
+def test_data_of_ones_own_need_trust_to_be_evaluated_on(run, module, trained, tmp_path):
+    module("own_data", "from diffusion.data import digits\n\ndef mine():\n    return digits()\n")
+    shutil.copytree(trained / "checkpoints" / "last", tmp_path / "last")
+    path = tmp_path / "last" / "checkpoint.yaml"
+    path.write_text(path.read_text().replace("diffusion.data.digits", "own_data.mine"))
+    assert "own_data.mine" in path.read_text()
+    status, _, err = run("evaluate", f"checkpoint={path.parent}", "num_samples=50", "sampler.steps=2")
+    assert status == 2 and "'own_data.mine'" in err
+    options = ["num_samples=50", "sampler.steps=2", "trust=own_data"]
+    assert run("evaluate", f"checkpoint={path.parent}", *options)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (None, "no module own_broken for 'own_broken.Field'"),
+        ("def other(): pass", "own_broken.py) has no 'Field'"),
+        ("x = 1\ny = undefined", "NameError: name 'undefined' is not defined (own_broken.py, line 2)"),
+        ("def f(:", "cannot import own_broken: SyntaxError: invalid syntax (own_broken.py, line 1)"),
+        ("import no_such_package", "cannot import own_broken: ModuleNotFoundError: No module named 'no_such_package'"),
+    ],
+)  # fmt: skip
+def test_a_module_of_ones_own_that_cannot_be_imported_is_reported(run, module, source, words):
+    if source is not None:
+        module("own_broken", source)
+    status, _, err = run("train", *TINY, "field._target_=own_broken.Field")
+    assert status == 2 and err.count("\n") == 1, err
+    assert err.startswith("error: ") and words in err
+
+
+def test_formulas_reach_options_as_they_are_typed(run):
+    """Hydra has its own use of parentheses and of ^; what it can read stays as it is."""
+    for formula in ("tanh((r/t)^2)", "1 - exp(-r/t)", "r^2/(r^2+t^2)", "gammainc(d/2, r^2/(2*t^2))", "min(r, t)"):
+        status, _, err = run("train", *TINY, f"seed={formula}")
+        assert status == 2 and f"seed is {formula!r}, expected" in err
+    status, _, err = run("train", *TINY, "seed='a(b)'")
+    assert status == 2 and "seed is 'a(b)', expected" in err
+    status, _, err = run("train", *TINY, "seed=int(3.0)", "num_samples=3")
+    assert status == 2 and "num_samples is 3" in err
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.yaml"])

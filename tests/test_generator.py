@@ -1,6 +1,8 @@
 """The generator: preconditioning, exactness given a perfect network, checkpoints."""
 
+import importlib
 import math
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from problems import AFFINE, CLOSED_FORM, GaussianMixture, cosine_laplace, lines
 from torch import nn
 
 from diffusion import Generator, checkpoints, specs
+from diffusion.expressions import Expression
 from diffusion.fields import AffineField, StudentT, gravity, linear, pfgmpp, variance_exploding
 from diffusion.networks import MLP
 from diffusion.objectives import NoiseLevels
@@ -99,7 +102,9 @@ class TestPreconditioner:
     def test_mean_loss_of_a_fresh_network_is_one_in_training(self, name):
         """Over the law of the training times."""
         field = HEAVY[name]
-        t = NoiseLevels(field, STD).draw(4000, torch.Generator().manual_seed(0))
+        times = field.clock(4096)
+        levels = field.log_noise_to_signal(times) - math.log(STD)
+        t = NoiseLevels(times, levels).draw(4000, torch.Generator().manual_seed(0))
         value, target = network_input_and_target(field, t)
         assert float(value.square().mean()) == pytest.approx(1, abs=0.03)
         assert float(target.square().mean()) == pytest.approx(1, abs=0.05)
@@ -358,3 +363,25 @@ class TestTrust:
         with pytest.raises(ValueError):
             specs.build({"_target_": "diffusion.specs.build", "spec": read, "trust": ["os"]})
         assert not (tmp_path / "made").exists()
+
+    def test_own_modules_are_trusted_by_name(self, tmp_path, monkeypatch, user_error):
+        (tmp_path / "own_schedule.py").write_text(
+            "def sigma(t):\n    return 2 * t\n\ndef alpha(t):\n    return 1 - t\n"
+        )
+        monkeypatch.syspath_prepend(str(tmp_path))
+        own = importlib.import_module("own_schedule")
+        generator = small_generator(AffineField(own.alpha, own.sigma, StudentT(4.0, 4), 1.0))
+        generator.save(tmp_path / "last")
+        sys.modules.pop("own_schedule")
+        for trust in (None, (), "own", "own_schedule.other", ["os", "sys"]):
+            with user_error("'own_schedule.alpha'", "load with trust=own_schedule"):
+                Generator.load(tmp_path / "last", trust=trust)
+        assert "own_schedule" not in sys.modules
+        for trust in ("own_schedule", ["other", "own_schedule"]):
+            assert outputs(Generator.load(tmp_path / "last", trust=trust)).equal(outputs(generator))
+        sys.modules.pop("own_schedule")
+
+    def test_a_formula_needs_no_trust(self, tmp_path):
+        field = AffineField(Expression("1 - t", ["t"]), Expression("2*t", ["t"]), StudentT(4.0, 4), 1.0)
+        small_generator(field).save(tmp_path / "last")
+        assert outputs(Generator.load(tmp_path / "last")).equal(outputs(small_generator(field)))

@@ -29,6 +29,11 @@ def randomness(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def noise_levels(field, data_std, mean=-0.5, std=1.2):
+    times = field.clock(4096)
+    return NoiseLevels(times, field.log_noise_to_signal(times) - math.log(data_std), mean, std)
+
+
 class TestNoiseLevels:
     def law(self, field, data_std, mean, std):
         """The law of log(noise / signal): normal, cut off at t_min and at the horizon."""
@@ -43,7 +48,7 @@ class TestNoiseLevels:
     @pytest.mark.parametrize(("data_std", "mean", "std"), [(0.5, -0.5, 1.2), (1.0, 0.7, 2.0), (0.1, -1.5, 0.4)])
     def test_log_noise_to_signal_is_normal(self, name, data_std, mean, std):
         field = FIELD[name]
-        t = NoiseLevels(field, data_std, mean, std).draw(20000, randomness())
+        t = noise_levels(field, data_std, mean, std).draw(20000, randomness())
         assert t.dtype == torch.float64
         law = self.law(field, data_std, mean, std)
         # Stratified draws follow their law more closely than independent ones do.
@@ -54,28 +59,28 @@ class TestNoiseLevels:
         """With three quarters of a wide law outside, the rest is renormalised and nothing piles up at the ends."""
         field = FIELD[name]
         mean, std = (-8.0, 3.0) if name != "gravity" else (6.0, 3.0)
-        t = NoiseLevels(field, 0.5, mean, std).draw(20000, randomness())
+        t = noise_levels(field, 0.5, mean, std).draw(20000, randomness())
         assert field.t_min <= t.min()
         assert t.max() <= field.horizon
         assert stats.kstest(self.levels(field, t, 0.5), self.law(field, 0.5, mean, std).cdf).statistic < 0.01
 
     @pytest.mark.parametrize("place", [0, 5, 15])
     def test_every_place_in_a_batch_has_the_whole_law(self, place):
-        source, law = NoiseLevels(FIELD["gravity"], 0.5), self.law(FIELD["gravity"], 0.5, -0.5, 1.2)
+        source, law = noise_levels(FIELD["gravity"], 0.5), self.law(FIELD["gravity"], 0.5, -0.5, 1.2)
         draws = randomness()
         t = torch.stack([source.draw(16, draws)[place] for _ in range(1500)])
         assert stats.kstest(self.levels(FIELD["gravity"], t, 0.5), law.cdf).pvalue > 1e-3
 
     def test_a_batch_is_spread_over_the_law(self):
         law = self.law(FIELD["gravity"], 0.5, -0.5, 1.2)
-        t = NoiseLevels(FIELD["gravity"], 0.5).draw(64, randomness())
+        t = noise_levels(FIELD["gravity"], 0.5).draw(64, randomness())
         shares = np.floor(64 * law.cdf(self.levels(FIELD["gravity"], t.sort().values, 0.5)) + 1e-3)
         assert (np.abs(shares - np.arange(64)) <= 1).all()
 
     @pytest.mark.parametrize("case", **names(AFFINE))
     def test_times_of_every_field(self, case):
         field = case.build()
-        a, b, c = (NoiseLevels(field, 0.5).draw(100, randomness(seed)) for seed in (0, 0, 1))
+        a, b, c = (noise_levels(field, 0.5).draw(100, randomness(seed)) for seed in (0, 0, 1))
         assert a.equal(b)
         assert not a.equal(c)
         assert field.t_min <= a.min() < a.max() <= field.horizon
@@ -84,7 +89,7 @@ class TestNoiseLevels:
     @pytest.mark.parametrize("std", [0.0, -1.0, float("nan")])
     def test_the_law_needs_a_width(self, std, user_error):
         with user_error(f"std={std}"):
-            NoiseLevels(linear(), 0.5, std=std)
+            noise_levels(linear(), 0.5, std=std)
 
 
 class Exact(nn.Module):
@@ -200,7 +205,7 @@ def test_training_reaches_the_exact_field_of_a_toy_law(name, tmp_path):
     exact = GaussianMixture(field, law.means, torch.full((8,), law.std, dtype=torch.float64), eighth)
     draws = randomness(7)
     x0 = law.draw(2000, draws).points
-    t = NoiseLevels(field, float(generator.precondition.std)).draw(2000, draws)
+    t = noise_levels(field, float(generator.precondition.std)).draw(2000, draws)
     x = field.transport(x0, field.draw(x0.shape, draws, dtype=torch.float64), t)
     denoised = torch.cat([exact.denoised(*part) for part in zip(x.split(100), t.split(100), strict=True)])
     with torch.no_grad():

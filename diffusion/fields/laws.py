@@ -13,6 +13,15 @@ from diffusion.errors import UserError
 from diffusion.specs import recorded
 
 
+def check_dim(size: Sequence[int], dim: int | None) -> None:
+    """Refuse points of shape `size` = (B, *shape) that do not have `dim` coordinates, where that is given."""
+    if dim is not None and math.prod(size[1:]) != dim:
+        raise UserError(
+            f"points of shape {tuple(size[1:])} have {math.prod(size[1:])} coordinates, but this field was built "
+            f"for dim={dim}; give the field the number of data coordinates"
+        )
+
+
 class Scales(NamedTuple):
     """A Gaussian scale mixture, z = R eps with eps ~ N(0, I) and R one of K values."""
 
@@ -21,10 +30,12 @@ class Scales(NamedTuple):
 
 
 class Law(ABC):
-    """A centred law of z. A law of one's own needs `draw` and `log_prob`, and `scales` if it has no variance.
+    """A law of z. A law of one's own needs `draw` and `log_prob`, and `scales` if it has no variance.
+
+    As the base of an affine field it is centred; as the prior of a trajectory field it may lie anywhere.
 
     Attributes:
-        std: standard deviation per coordinate, infinite where there is none.
+        std: standard deviation per coordinate (root mean square over coordinates), infinite where there is none.
         dim: number of coordinates where the law is tied to one, otherwise None.
     """
 
@@ -54,11 +65,7 @@ class Law(ABC):
         return Scales(torch.tensor([self.std], dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
 
     def _check(self, size: Sequence[int]) -> None:
-        if self.dim is not None and math.prod(size[1:]) != self.dim:
-            raise UserError(
-                f"points of shape {tuple(size[1:])} have {math.prod(size[1:])} coordinates, but this field was built "
-                f"for dim={self.dim}; give the field the number of data coordinates"
-            )
+        check_dim(size, self.dim)
 
 
 class IsotropicLaw(Law):
@@ -163,3 +170,21 @@ class Product(Law):
         inside = self.marginal.support.check(z)
         log_prob = self.marginal.log_prob(z.where(inside, self.marginal.mean.to(z)))
         return log_prob.where(inside, -math.inf).flatten(1).sum(1)
+
+
+@recorded
+def uniform(half_width: float = math.sqrt(3)) -> Product:
+    """The uniform law on the cube [-half_width, half_width]^d; of unit variance unless told otherwise."""
+    if not 0 < half_width < math.inf:
+        raise UserError(f"uniform law has half_width {half_width}, expected a positive number")
+    end = torch.tensor(half_width, dtype=torch.float64)
+    return Product(torch.distributions.Uniform(-end, end, validate_args=False))
+
+
+@recorded
+def laplace(scale: float = math.sqrt(0.5)) -> Product:
+    """Independent Laplace coordinates, of variance 2 scale^2; of unit variance unless told otherwise."""
+    if not 0 < scale < math.inf:
+        raise UserError(f"Laplace law has scale {scale}, expected a positive number")
+    scale = torch.tensor(scale, dtype=torch.float64)
+    return Product(torch.distributions.Laplace(torch.zeros_like(scale), scale))

@@ -7,9 +7,11 @@ import pytest
 import torch
 from problems import Logistic
 from scipy import stats
+from sklearn.decomposition import PCA
 from torch.distributions import Laplace, Normal, Uniform
 
-from diffusion.fields import Gaussian, Product, StudentT
+from diffusion.fields import Gaussian, PrincipalGaussian, Product, StudentT, laplace, uniform
+from diffusion.specs import build, describe
 
 NUMBER = 20000
 SIGNIFICANCE = 1e-3
@@ -51,8 +53,10 @@ def test_gaussian_radius_and_density_are_scipys(dim):
         (Product(Normal(0.0, 1.3)), stats.norm(scale=1.3)),
         (Product(Uniform(-2.0, 2.0)), stats.uniform(-2, 4)),
         (Logistic(), stats.logistic()),
+        (laplace(), stats.laplace(scale=math.sqrt(0.5))),
+        (uniform(0.3), stats.uniform(-0.3, 0.6)),
     ],
-    ids=["laplace", "normal", "uniform", "own"],
+    ids=["laplace", "normal", "uniform", "own", "laplace_of_unit_variance", "narrow_cube"],
 )
 def test_product_law_has_the_marginals_and_the_density_of_scipys(law, reference):
     z = drawn(law, (NUMBER, 3))
@@ -146,3 +150,98 @@ def test_points_of_another_dimension_are_refused(law, user_error):
         law.draw((5, 3, 4))
     with user_error("(2,)", "64"):
         law.log_prob(torch.zeros(5, 2))
+
+
+@pytest.mark.parametrize("law", [uniform(), laplace()], ids=["uniform", "laplace"])
+def test_product_laws_have_unit_variance_and_can_be_stored(law):
+    assert law.std == pytest.approx(1, abs=1e-15)
+    again, z = build(describe(law)), torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)
+    assert again.log_prob(z).equal(law.log_prob(z))
+    assert drawn(law, (4, 3), dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
+def test_product_laws_have_a_positive_width(bad, user_error):
+    with user_error(f"half_width {bad}"):
+        uniform(bad)
+    with user_error(f"scale {bad}"):
+        laplace(bad)
+
+
+class TestPrincipalGaussian:
+    """Probabilistic principal components: scikit-learn's, and its own arithmetic."""
+
+    @staticmethod
+    def data(number=500, dim=6):
+        mixing = torch.randn(dim, dim, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        mixing = mixing * torch.tensor([3.0, 2.0, 1.0, 0.5, 0.4, 0.3])[:, None]
+        return drawn(Gaussian(), (number, dim)) @ mixing + torch.arange(dim)
+
+    @pytest.mark.parametrize("components", [1, 3, 5])
+    def test_fit_is_that_of_scikit_learn(self, components):
+        data = self.data()
+        law, theirs = PrincipalGaussian.fit(data, components), PCA(components).fit(data.numpy())
+        # Variances are those of most likelihood, over N; scikit-learn's are unbiased, over N - 1.
+        scale = (len(data) - 1) / len(data)
+        np.testing.assert_allclose(law.variances, theirs.explained_variance_ * scale, rtol=1e-10)
+        assert law.remainder == pytest.approx(theirs.noise_variance_ * scale, rel=1e-10)
+        expected = stats.multivariate_normal(theirs.mean_, theirs.get_covariance() * scale).logpdf(data.numpy())
+        np.testing.assert_allclose(law.log_prob(data), expected, rtol=1e-10)
+        assert law.std == pytest.approx(math.sqrt(float(data.var(0, correction=0).mean())), rel=1e-10)
+
+    def test_fit_is_most_likely(self):
+        data = self.data()
+        law = PrincipalGaussian.fit(data, 2)
+        best = float(law.log_prob(data).mean())
+        for factor in (0.97, 1.03):
+            for other in (
+                PrincipalGaussian(law.mean * factor, law.components, law.variances, law.remainder),
+                PrincipalGaussian(law.mean, law.components, law.variances * factor, law.remainder),
+                PrincipalGaussian(law.mean, law.components, law.variances, law.remainder * factor),
+                PrincipalGaussian(law.mean, law.components.roll(1, 1), law.variances, law.remainder),
+            ):
+                assert float(other.log_prob(data).mean()) < best - 1e-5
+
+    @pytest.mark.parametrize("shape", [(6,), (1, 2, 3)])
+    def test_draws_have_its_mean_and_covariance(self, shape):
+        law = PrincipalGaussian.fit(self.data(), 2)
+        z = drawn(law, (100000, *shape)).flatten(1)
+        u, eye = law.components, torch.eye(6, dtype=torch.float64)
+        covariance = law.remainder * eye + u.T @ torch.diag(law.variances - law.remainder) @ u
+        white = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), (z - law.mean).T, upper=False)
+        assert float(white.mean(1).abs().max()) < 4.5 / math.sqrt(len(z))
+        assert float((white.cov() - eye).abs().max()) < 4.5 * math.sqrt(2 / len(z))
+        torch.testing.assert_close(law.log_prob(z.view(-1, *shape)[:5]), law.log_prob(z[:5]))
+
+    def test_no_components_is_an_isotropic_gaussian(self):
+        data = self.data()
+        law = PrincipalGaussian.fit(data, 0)
+        expected = Gaussian().log_prob((data - data.mean(0)) / law.std) - 6 * math.log(law.std)
+        torch.testing.assert_close(law.log_prob(data), expected)
+
+    def test_stored_and_built_again(self):
+        law = PrincipalGaussian.fit(self.data().view(-1, 2, 3), 2)
+        again = build(describe(law))
+        z = drawn(law, (5, 2, 3))
+        assert again.log_prob(z).equal(law.log_prob(z))
+        assert drawn(again, (5, 2, 3), dtype=torch.float32).dtype == torch.float32
+
+    def test_refusals(self, user_error):
+        data, u = self.data(), [[1.0, 0.0]]
+        for components in (6, -1):
+            with user_error(f"components is {components}", "6 coordinates", "500 data points"):
+                PrincipalGaussian.fit(data, components)
+        flat = data.clone()
+        flat[:, 2:] = 0
+        with user_error("do not vary beyond 2"):
+            PrincipalGaussian.fit(flat, 2)
+        with user_error("(2,)", "(1, 3)", "(1,)"):
+            PrincipalGaussian([0.0, 0.0], [[1.0, 0.0, 0.0]], [1.0], 1.0)
+        with user_error("not orthonormal"):
+            PrincipalGaussian([0.0, 0.0], [[1.0, 1.0]], [1.0], 1.0)
+        with user_error("-1.0", "positive"):
+            PrincipalGaussian([0.0, 0.0], u, [-1.0], 1.0)
+        with user_error("0.0", "positive"):
+            PrincipalGaussian([0.0, 0.0], u, [1.0], 0.0)
+        with user_error("(4,)", "2"):
+            PrincipalGaussian([0.0, 0.0], u, [1.0], 1.0).draw((3, 4))

@@ -1,0 +1,298 @@
+"""The checks that a field must pass, each on its own; `validate` runs them and reports.
+
+Statistical checks average bounded test statistics over independent draws, so that their means are normal to good
+accuracy; each compares its largest mean, in standard errors, with the quantile that m such means together exceed with
+probability FALSE_ALARM (Bonferroni). There are five of them, so a correct field fails in fewer than 1 run in 1,000.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from scipy.special import ndtri
+from torch import Tensor
+
+from diffusion.fields.base import Field, Unavailable, expand_time
+from diffusion.fields.bumps import Bumps
+from diffusion.fields.rays import ELEMENTS, RayIntegral, integrate_rays, spread
+
+FALSE_ALARM = 1e-4
+STRONG, LINES, START, STOP = 1e-9, 1e-6, 1e-3, 0.2
+EXACT_DIVERGENCE = 128  # dimensions up to which the divergence is exact
+PROBES = 8
+
+
+@dataclass(frozen=True)
+class Check:
+    """One statement about a field.
+
+    Attributes:
+        figure: what was measured; passes if it is at most `tolerance`.
+        unit: of both.
+        passed: None where the check does not apply; `note` says why.
+    """
+
+    name: str
+    figure: float
+    tolerance: float
+    unit: str
+    passed: bool | None
+    note: str = ""
+
+
+def judge(name: str, figure: float, tolerance: float, unit: str, note: str = "") -> Check:
+    """A check that passes if the figure is at most the tolerance; a figure that is not a number fails."""
+    return Check(name, figure, tolerance, unit, bool(figure <= tolerance), note)
+
+
+def skipped(name: str, why: str) -> Check:
+    return Check(name, math.nan, math.nan, "", None, why)
+
+
+def largest_allowed(statistics: int) -> float:
+    """The number of standard errors that the largest of so many normal means exceeds with probability FALSE_ALARM."""
+    return float(-ndtri(FALSE_ALARM / (2 * statistics)))
+
+
+def in_standard_errors(values: Tensor) -> Tensor:
+    """Means over the rows of `values` (N, K), in units of their standard errors, (K,)."""
+    error = values.std(0) / math.sqrt(len(values))
+    return values.mean(0) / error.clamp_min(torch.finfo(values.dtype).tiny)
+
+
+class Subject:
+    """A field under test: data to start from, randomness, and points as rows of d coordinates.
+
+    Args:
+        x0: (N, *shape) data points, float64.
+        effort: multiplies the number of draws.
+    """
+
+    def __init__(self, field: Field, x0: Tensor, seed: int, effort: float):
+        self.field, self.data, self.shape, self.effort = field, x0, x0.shape[1:], effort
+        self.dim, self.randomness = x0[0].numel(), torch.Generator(x0.device).manual_seed(seed)
+        self.std = float((x0 - x0.mean(0)).square().mean().sqrt()) or float(x0.square().mean().sqrt()) or 1.0
+
+    def number(self, elements: float, least: int, most: int) -> int:
+        """How many draws of `dim` numbers make `elements`, within limits."""
+        return int(min(max(self.effort * elements / self.dim, least), max(self.effort * most, least)))
+
+    def rows(self, number: int) -> Tensor:
+        """`number` data points, drawn with replacement."""
+        return self.data[torch.randint(len(self.data), (number,), generator=self.randomness)]
+
+    def uniform(self, *size: int) -> Tensor:
+        return torch.rand(*size, generator=self.randomness, dtype=self.data.dtype)
+
+    def normal(self, *size: int) -> Tensor:
+        return torch.randn(*size, generator=self.randomness, dtype=self.data.dtype)
+
+    def time(self, u: Tensor) -> Tensor:
+        """Times at the fractions `u` of the clock from t_min to the horizon."""
+        rho = self.field.rho
+        first, last = self.field.t_min ** (1 / rho), self.field.horizon ** (1 / rho)
+        return (first + u * (last - first)).pow(rho).clamp(self.field.t_min, self.field.horizon)
+
+    def sample(self, x0: Tensor, t: Tensor | float) -> Tensor:
+        return self.field.sample(x0, t, self.randomness)
+
+    def log_prob_on_rays(self, x0: Tensor, t: float) -> Callable[[Tensor], Tensor]:
+        """The density of the field as `integrate_rays` wants it, for rays of one data point or of one each."""
+
+        def log_prob(points: Tensor) -> Tensor:
+            rays, places = points.shape[:2]
+            start = x0.expand(rays, *self.shape).repeat_interleave(places, 0)
+            return self.field.log_prob(points.reshape(-1, *self.shape), t, start).reshape(rays, places)
+
+        return log_prob
+
+
+def gradient(output: Tensor, x: Tensor) -> Tensor:
+    """Gradient of each output (B,) in its own row of x; zeros where it does not depend on x."""
+    (grad,) = torch.autograd.grad(output.sum(), x, retain_graph=True, allow_unused=True)
+    return torch.zeros_like(x) if grad is None else grad
+
+
+def divergence(f: Tensor, x: Tensor) -> Tensor:
+    """Divergence (B,) of f (B, d), a function of each row of x, exactly."""
+    return torch.stack([gradient(f[:, i], x)[:, i] for i in range(x.shape[1])], 1).sum(1)
+
+
+def strong_continuity(subject: Subject) -> tuple[Check, Tensor, Tensor]:
+    """d_t log p + f . grad log p + div f = 0, relative to the size of the terms; with times and residuals."""
+    name, field = "continuity (strong)", subject.field
+    number = subject.number(2e5, 32, 128)
+    x0 = subject.rows(number)
+    t = subject.time(torch.arange(number, dtype=x0.dtype) / (number - 1))
+    x = subject.sample(x0, t).flatten(1)
+    with torch.enable_grad():
+        x, t = x.detach().requires_grad_(), t.requires_grad_()
+        points = x.view(x0.shape)
+        log_p = field.log_prob(points, t, x0)
+        f = field.velocity(points, t, x0).flatten(1)
+        d_t, transport = gradient(log_p, t), (f * gradient(log_p, x)).sum(1)
+        exact = subject.dim <= EXACT_DIVERGENCE
+        if exact:
+            estimates = divergence(f, x)[None]
+        else:
+            signs = subject.normal(PROBES, *x.shape).sign()
+            estimates = torch.stack([(gradient((f * e).sum(1), x) * e).sum(1) for e in signs])
+    t, d_t, transport = t.detach(), d_t.detach(), transport.detach()
+    scale = d_t.abs() + transport.abs() + estimates.mean(0).abs()
+    residual = ((d_t + transport + estimates) / scale).detach()
+    worst = float(residual.mean(0).abs().nan_to_num(nan=math.inf).max())
+    if exact or worst <= STRONG or not math.isfinite(worst):
+        return judge(name, worst, STRONG, "relative"), t, residual.mean(0)
+    # Two independent estimates at each point: their product has mean residual^2, which is zero for a correct field.
+    first, second = residual[: PROBES // 2].mean(0), residual[PROBES // 2 :].mean(0)
+    z = float(in_standard_errors((first * second)[:, None]))
+    note = f"Hutchinson, {PROBES} probes; mean square residual"
+    return judge(name, max(z, 0.0), largest_allowed(1), "standard errors", note), t, residual.mean(0)
+
+
+def field_lines(subject: Subject) -> Check:
+    """The time derivative of transport(x0, z, t) is the velocity there: central differences of order 6."""
+    name, field, number = "field lines", subject.field, 64
+    x0 = subject.rows(number)
+    try:
+        z = field.draw(x0.shape, subject.randomness, dtype=x0.dtype)
+        t = subject.time(0.02 + 0.95 * subject.uniform(number))
+        h = 2e-3 * torch.minimum(t, field.horizon - t)
+        moved = [field.transport(x0, z, t + k * h) - field.transport(x0, z, t - k * h) for k in (1, 2, 3)]
+        x = field.transport(x0, z, t)
+    except Unavailable as error:
+        return skipped(name, str(error))
+    slope = (45 * moved[0] - 9 * moved[1] + moved[2]) / (60 * expand_time(h, x))
+    v = field.velocity(x, t, x0)
+    size = (x - x0).flatten(1).norm(dim=1) / t + v.flatten(1).norm(dim=1)
+    error = (v - slope).flatten(1).norm(dim=1) / size
+    return judge(name, float(error.nan_to_num(nan=math.inf).max()), LINES, "relative")
+
+
+def bumps(subject: Subject) -> Bumps:
+    """Three without waves, of lengths 1/2, 1 and 2, and five waves of random direction."""
+    length = torch.tensor([0.5, 1, 2, 1, 1, 1, 1, 1], dtype=torch.float64)
+    wave = torch.cat([torch.zeros(3, subject.dim, dtype=torch.float64), subject.normal(5, subject.dim)])
+    phase = torch.cat([torch.zeros(3, dtype=torch.float64), subject.uniform(5) * math.tau])
+    return Bumps(length, wave / math.sqrt(subject.dim), phase)
+
+
+def weak_continuity(subject: Subject) -> Check:
+    """E[phi(x_b)] - E[phi(x_a)] = integral of E[f . grad phi] dt over many short intervals (a, b): samples alone.
+
+    All places on an interval come from the same random numbers, which costs no bias and, where these are the label of
+    a line, leaves little variance; the two inner times mirror each other.
+    """
+    cells, groups = 32, 4
+    field, phi = subject.field, bumps(subject)
+    number = subject.number(1e7, 4000, 100_000) // cells * cells
+    x0 = subject.rows(number)
+    cell = torch.arange(number) % cells
+    middle = (torch.arange(cells, dtype=x0.dtype) + 0.5) / cells
+    pilot = subject.rows(100 * cells)
+    reached = subject.sample(pilot, subject.time(middle.repeat(100))) - pilot
+    unit = reached.flatten(1).square().mean(1).sqrt().view(100, cells).median(0).values[cell, None]
+    state = subject.randomness.get_state()
+
+    def at(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        t = subject.time(u)
+        x = field.sample(x0, t, subject.randomness.set_state(state))
+        return (x - x0).flatten(1) / unit, x, t
+
+    low, shift = cell.to(x0) / cells, subject.uniform(number) / cells
+    state = subject.randomness.get_state()
+    (start, *_), (end, *_) = at(low), at(low + 1 / cells)
+    flow = torch.zeros_like(phi.value(start))
+    for u in (low + shift, low + 1 / cells - shift):
+        y, x, t = at(u)
+        rho = field.rho
+        speed = rho * t ** (1 - 1 / rho) * (field.horizon ** (1 / rho) - field.t_min ** (1 / rho))  # dt / du
+        v = field.velocity(x, t, x0).flatten(1) / unit * speed[:, None]
+        flow += phi.slope(y, v) / (2 * cells)
+    residual = (phi.value(end) - phi.value(start) - flow).view(-1, groups, cells // groups, flow.shape[1])
+    z = torch.stack([in_standard_errors(residual[:, k].flatten(0, 1)) for k in range(groups)])
+    figure = float(z.abs().nan_to_num(nan=math.inf).max())
+    return judge("continuity (weak)", figure, largest_allowed(z.numel()), "standard errors", f"{number:,} draws")
+
+
+def quantiles_of_radius(subject: Subject, x: Tensor, x0: Tensor, log_prob) -> tuple[Tensor, RayIntegral]:
+    """The quantile (N,) of each draw's distance from x0 in the law that the density gives it along its ray."""
+    gap = (x - x0).flatten(1)
+    r = gap.norm(dim=1)
+    width = spread(r.log())
+    chunk = max(1, ELEMENTS // (128 * subject.dim))
+    parts = [
+        integrate_rays(log_prob(x0[i]), x0[i].flatten(1), gap[i] / r[i, None], r[i], width)
+        for i in (slice(k, k + chunk) for k in range(0, len(x), chunk))
+    ]
+    law = RayIntegral(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    return (law.log_below - law.log_total).exp(), law
+
+
+def legendre(u: Tensor) -> Tensor:
+    """The first four Legendre polynomials on (0, 1), (N, 4): of mean zero exactly if u is uniform."""
+    s = 2 * u - 1
+    return torch.stack([s, (3 * s**2 - 1) / 2, (5 * s**3 - 3 * s) / 2, (35 * s**4 - 30 * s**2 + 3) / 8], 1)
+
+
+def stein(subject: Subject, t: float, number: int) -> Tensor:
+    """grad log p . u + div u (N, 8) for bounded vector fields u: of mean zero if the draws follow the density."""
+    phi, unit, statistics = bumps(subject), None, []
+    chunk = max(64, ELEMENTS // (8 * subject.dim))
+    for _ in range(0, number, chunk):
+        x0 = subject.rows(chunk)
+        x = subject.sample(x0, t)
+        gap = (x - x0).flatten(1)
+        unit = gap.square().mean(1).median().sqrt() if unit is None else unit
+        with torch.enable_grad():
+            x.requires_grad_()
+            score = gradient(subject.field.log_prob(x, t, x0), x).flatten(1) * unit
+        u, div = phi.fields(gap / unit)
+        statistics.append((u * score[:, None]).sum(2) + div)
+    return torch.cat(statistics)
+
+
+def sampler_follows_density(subject: Subject) -> tuple[Check, dict[float, Tensor]]:
+    """Draws have the radii and obey the Stein identities of the density; with the quantiles of the radii by time."""
+    field, name = subject.field, "sampler"
+    number, more = subject.number(1.5e6, 256, 100_000), subject.number(1.5e6, 4000, 100_000)
+    statistics, quantiles, jumps = [], {}, False
+    for t in subject.time(torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)).tolist():
+        x0 = subject.rows(number)
+        x = subject.sample(x0, t)
+        log_p = field.log_prob(x, t, x0)
+        if not bool(log_p.isfinite().all()):
+            bad = f"log_prob is {float(log_p[~log_p.isfinite()][0])} at a draw of t={t:.4g}"
+            return Check(name, math.inf, largest_allowed(1), "standard errors", False, bad), quantiles
+        u, law = quantiles_of_radius(subject, x, x0, lambda x0, t=t: subject.log_prob_on_rays(x0, t))
+        quantiles[t], jumps = u, jumps or bool(law.jumps.any())
+        identities = [] if law.jumps.any() else [stein(subject, t, more)]
+        statistics.append([legendre(u), *identities])
+    # At each time, and all times together: a fault at all times adds up.
+    radii = torch.stack([part[0] for part in statistics])
+    means = [in_standard_errors(part) for time in statistics for part in time] + [
+        in_standard_errors(radii.flatten(0, 1))
+    ]
+    z = torch.cat(means)
+    note = f"{number:,} draws at 3 times; radius law" + (
+        "; density has jumps: no Stein identity" if jumps else ", Stein"
+    )
+    figure = float(z.abs().nan_to_num(nan=math.inf).max())
+    return judge(name, figure, largest_allowed(len(z)), "standard errors", note), quantiles
+
+
+def start(subject: Subject) -> Check:
+    """x_t -> x0: the median displacement, in units of the data's std, at t_min / 10^4; and it is small at t_min."""
+    field, name = subject.field, "start"
+    x0 = subject.rows(256)
+    t_min = field.t_min
+
+    def displacement(t: float) -> float:
+        gap = (subject.sample(x0, t) - x0).flatten(1).square().mean(1).sqrt()
+        return float(gap.nan_to_num(nan=math.inf).median()) / subject.std
+
+    near, stop = displacement(1e-4 * t_min), displacement(t_min)
+    if not stop <= STOP:
+        return judge(name, stop, STOP, "std of the data", f"median distance from x0 at t_min={t_min:g}")
+    return judge(name, near, START, "std of the data", f"median distance from x0 at t={1e-4 * t_min:g}")
