@@ -16,25 +16,10 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
+from diffusion.functions import expm1, sigmoid, tanh
 from diffusion.specs import recorded
 
 LONGEST, DEEPEST = 1000, 100  # characters; levels of operations within operations
-
-
-def tanh(x: Tensor) -> Tensor:
-    """tanh, with a derivative that is accurate in the tail, where torch's 1 - tanh^2 rounds to zero."""
-    decay = torch.exp(-2 * x.abs())
-    return torch.where(x.abs() < 1, torch.tanh(x), x.sign() * (1 - decay) / (1 + decay))
-
-
-def expm1(x: Tensor) -> Tensor:
-    """exp(x) - 1, with a derivative that is accurate in the tail, where torch's 1 + expm1 rounds to zero."""
-    return torch.where(x > -1, torch.expm1(x), torch.exp(x.clamp(max=0)) - 1)
-
-
-def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + exp(-x)), with a derivative that is accurate in the tail, where torch's 1 - sigmoid rounds to zero."""
-    return torch.where(x < 0, torch.sigmoid(x), 1 / (1 + torch.exp(-x.clamp(min=0))))
 
 
 NAMED = {"pi": math.pi, "e": math.e}

@@ -123,6 +123,7 @@ FIELDS = [
     FieldCase("cosine_laplace", cosine_laplace, 3),
     FieldCase("half_uniform", half_uniform, 2, has_jumps=True),
     FieldCase("quadratic_logistic", quadratic_logistic, 2),
+    FieldCase("radial_text", lambda: RadialField("1 - exp(-(r/t)^2 / 2)", 2, 80.0), 2, isotropic=True),
     FieldCase("radial_gravity", lambda: radial_gravity(2), 2, isotropic=True),
     FieldCase("radial_gaussian_64", lambda: radial_gaussian(64), 64, isotropic=True),
     FieldCase("radial_tanh", lambda: radial_tanh(2), 2, isotropic=True, has_pole=True),

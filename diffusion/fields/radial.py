@@ -6,7 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffusion import functions
 from diffusion.errors import UserError
+from diffusion.expressions import Expression
 from diffusion.fields import special
 from diffusion.fields.base import Field, Isotropic, expand_time
 from diffusion.fields.inversion import Partials, Quantile, partials
@@ -34,8 +36,9 @@ class RadialField(Field):
 
     Args:
         cdf: psi(r, t), of torch operations, elementwise on r and t of one shape: rising in r from 0 to 1, falling in
-            t, and for t -> 0 a step at r = 0. Write it such that its derivative keeps its digits in the tail
-            (special.tanh, special.rise), where 1 - psi is beneath its rounding.
+            t, and for t -> 0 a step at r = 0. Or text such as "tanh((r/t)^2)", with T and d for the horizon and the
+            dimension (diffusion.expressions). Where 1 - psi is beneath the rounding of psi, its derivative should
+            still have digits: those of diffusion.functions have, and they are what text means.
         dim: d, number of data coordinates.
         horizon: T. The prior is the law around x0 = 0, so psi_T must hardly tell x0 from 0.
         inverse: closed form of the radius, inverse(h, t) of the cumulative hazard h = -log(1 - psi), which resolves
@@ -50,7 +53,7 @@ class RadialField(Field):
 
     def __init__(
         self,
-        cdf: Callable[[Tensor, Tensor], Tensor],
+        cdf: Callable[[Tensor, Tensor], Tensor] | str,
         dim: int,
         horizon: float,
         inverse: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -62,6 +65,8 @@ class RadialField(Field):
             raise UserError(f"t_min is {t_min} and horizon {horizon}, expected 0 < t_min < horizon")
         if dim < 1:
             raise UserError(f"radial field has dim {dim}, expected the number of data coordinates, at least 1")
+        if isinstance(cdf, str):
+            cdf = Expression(cdf, ("r", "t"), {"T": float(horizon), "d": float(dim)})
         for name, function in (("cdf", cdf), ("inverse", inverse)):
             if not (callable(function) or (function is None and name == "inverse")):
                 raise UserError(f"{name} is {function!r}, expected a function of two tensors")
@@ -186,7 +191,7 @@ def radial_tanh(dim: int, horizon: float | None = None, t_min: float | None = No
     """
     inverse = _scaled(special.inverse_tanh)
     return RadialField(
-        lambda r, t: special.tanh(r / t), dim, _ends(dim, 16000.0, horizon), inverse, _ends(dim, 0.002, t_min)
+        lambda r, t: functions.tanh(r / t), dim, _ends(dim, 16000.0, horizon), inverse, _ends(dim, 0.002, t_min)
     )
 
 
@@ -194,7 +199,7 @@ def radial_tanh(dim: int, horizon: float | None = None, t_min: float | None = No
 def radial_exponential(dim: int, horizon: float | None = None, t_min: float | None = None) -> RadialField:
     """psi = 1 - exp(-r / t): the distance is exponential. Pole, cost of the horizon and defaults are radial_tanh's."""
     return RadialField(
-        lambda r, t: special.rise(r / t),
+        lambda r, t: -functions.expm1(-r / t),
         dim,
         _ends(dim, 16000.0, horizon),
         _scaled(torch.clone),
@@ -206,7 +211,7 @@ def radial_exponential(dim: int, horizon: float | None = None, t_min: float | No
 def radial_stretched(dim: int, horizon: float | None = None, t_min: float | None = None) -> RadialField:
     """psi = tanh((r / t)^(1 + t / T)): not a scale family, its shape sharpens from tanh(s) to tanh(s^2) on the way.
 
-    The velocity is (1 / (1 + t / T) - log(r / t) t / T / (1 + t / T)) (x - x0) / t
+    The velocity is (1 / (1 + t / T) - log(r / t) t / T / (1 + t / T)) (x - x0) / t.
 
     Args:
         dim: d, number of data coordinates.
@@ -216,7 +221,7 @@ def radial_stretched(dim: int, horizon: float | None = None, t_min: float | None
     """
     T = _ends(dim, 320.0, horizon)
     return RadialField(
-        lambda r, t: special.tanh((r / t) ** (1 + t / T)),
+        lambda r, t: functions.tanh((r / t) ** (1 + t / T)),
         dim,
         T,
         lambda h, t: t * special.inverse_tanh(h) ** (1 / (1 + t / T)),

@@ -1,4 +1,4 @@
-"""Functions of a radius whose derivatives keep their digits in both tails.
+"""Laws of a radius and their inverses, accurate in both tails.
 
 Hazards are -log(1 - psi): inverses in terms of them resolve both tails of psi in every dtype.
 """
@@ -10,16 +10,6 @@ import numpy as np
 import scipy.special
 import torch
 from torch import Tensor
-
-
-def rise(s: Tensor) -> Tensor:
-    """1 - exp(-s) for s >= 0. The derivative of torch.expm1 is a sum that has lost all its digits by s = 37."""
-    return torch.where(s < 1, -torch.expm1(-s), 1 - (-s).exp())
-
-
-def tanh(s: Tensor) -> Tensor:
-    """tanh(s) for s >= 0. The derivative of torch.tanh is a difference that has lost all its digits by s = 19."""
-    return rise(2 * s) / (1 + (-2 * s).exp())
 
 
 def inverse_tanh(hazard: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from diffusion.fields.checks import (
 )
 from diffusion.fields.rays import integrate_rays, log_sphere_area, spread
 
-MASS, RESOLVED = 1e-3, 0.02
+MASS, RESOLVED, GOOD = 1e-3, 0.02, 0.005  # of log mass: tolerance, largest and satisfactory standard errors
+MOST_BATCHES = 16  # of 64 rays
 KL, KL_PER_COORDINATE = 0.05, 1e-4  # nats
 MOST_WHITENED, MOST_LINES = 128, 512  # dimensions
 
@@ -54,7 +55,7 @@ def _masses(subject: Subject, x0: Tensor, t: float) -> list[tuple[float, float, 
     estimates = []
     for how, centre in reversed(centres.items()):
         estimates.append((*_mass_by_rays(subject, log_prob, draws - centre, centre), how))
-        if estimates[-1][1] < 0.1 * RESOLVED:
+        if estimates[-1][1] < GOOD:
             return estimates
     gap = draws - centres["rays from the median"]
     if 1 < dim <= MOST_WHITENED and number > 16 * dim:
@@ -66,7 +67,7 @@ def _masses(subject: Subject, x0: Tensor, t: float) -> list[tuple[float, float, 
         centre = centres["rays from the median"]
         white = torch.linalg.solve_triangular(shape, gap.T, upper=False).T
         estimates.append((*_mass_by_rays(subject, whitened, white, torch.zeros_like(centre)), "rays, whitened"))
-    if estimates[-1][1] > 0.1 * RESOLVED and dim <= MOST_LINES:
+    if estimates[-1][1] > GOOD and dim <= MOST_LINES:
         estimates.append((*_mass_by_lines(log_prob, draws[:16], gap), "lines, independent coordinates"))
     return estimates
 
@@ -74,13 +75,15 @@ def _masses(subject: Subject, x0: Tensor, t: float) -> list[tuple[float, float, 
 def _mass_by_rays(subject: Subject, log_prob: Density, gap: Tensor, centre: Tensor) -> tuple[float, float]:
     """log of the mean over uniform directions of the integral along a ray, and its standard error."""
     log_r = gap.norm(dim=1).log()
-    batches = max(1, min(16, int(2e4 * subject.effort / subject.dim)))
-    totals = []
-    for _ in range(batches):
+    begin, width, totals = log_r.median().exp().expand(64), spread(log_r), torch.empty(0, dtype=gap.dtype)
+    for _ in range(MOST_BATCHES):
         direction = torch.nn.functional.normalize(subject.normal(64, subject.dim), dim=1)
-        begin = log_r.median().exp().expand(64)
-        totals.append(integrate_rays(log_prob, centre.expand(64, -1), direction, begin, spread(log_r)).log_total)
-    return _mean(torch.cat(totals) + log_sphere_area(subject.dim))
+        law = integrate_rays(log_prob, centre.expand(64, -1), direction, begin, width)
+        totals = torch.cat([totals, law.log_total + log_sphere_area(subject.dim)])
+        log_mass, error = _mean(totals)
+        if error < GOOD:
+            break
+    return log_mass, error
 
 
 def _mean(log_values: Tensor) -> tuple[float, float]:

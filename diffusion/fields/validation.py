@@ -96,6 +96,8 @@ def validate(field: Field, x0: Tensor, seed: int = 0, effort: float = 1.0) -> Re
                 return check(subject)
         except Unavailable as error:
             return skipped(name, str(error))
+        except UserError as error:  # what the field says of its own arguments
+            return Check(name, math.inf, math.nan, "", False, str(error))
 
     strong = attempt("continuity (strong)", checks.strong_continuity)
     if not isinstance(strong, Check):

@@ -116,13 +116,14 @@ class Cloud:
 
     def student_t(self, x: Tensor, alpha: Tensor, sigma: Tensor, dof: float, dtype: torch.dtype) -> Iterator[Block]:
         """Blocks of -(D + d) / 2 log(D sigma^2 + |x - alpha y|^2), up to a constant of the row; as for `gaussian`."""
-        gap, constant = self._expanded(x, alpha)
+        gap = x - alpha * self.mean
         core = dof * sigma.square()
-        scale = (constant + core).reciprocal()
+        scale = (gap.square().sum(1, keepdim=True) + core).reciprocal()
+        offset = 2 * alpha * (gap @ self.mean[:, None]) * scale
         scaled = (-2 * alpha * gap).to(dtype)
         for part, y in self.parts(len(x), dtype):
-            change = torch.addmm((alpha.square() * self.spread[part]).to(dtype), scaled, y.T)
-            ratio = (change.to(x.dtype) * scale).clamp_min_(core * scale - 1)  # distances are not negative
+            change = torch.addmm((alpha.square() * self.spread[part]).to(dtype), scaled, y.T).to(x.dtype)
+            ratio = (change * scale).add_(offset).clamp_min_(core * scale - 1)  # distances are not negative
             logits = ratio.log1p() * (-0.5 * (dof + x.shape[1]))
             yield Block(self.weighted(logits, part), y, lambda w, y=y: w @ y)
 
@@ -131,7 +132,8 @@ class Cloud:
 
         Small distances, of which cancellation would leave few digits, are computed from differences.
         """
-        gap, constant = self._expanded(x, alpha)
+        gap = x - alpha * self.mean
+        constant = (gap * (gap + 2 * alpha * self.mean)).sum(1, keepdim=True)
         bound = NEAR * (gap.norm(dim=1, keepdim=True) + alpha.abs() * self.reach).square()
         for part, y in self.parts(len(x), x.dtype):
             squared = (-2 * alpha * gap) @ y.T + alpha.square() * self.spread[part] + constant
@@ -140,8 +142,3 @@ class Cloud:
                 direct = x[i] - alpha.expand(len(x), 1)[i] * y[j]
                 squared = squared.index_put((i, j), direct.square().sum(1))
             yield part, y, squared
-
-    def _expanded(self, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """g (B, d) and |g|^2 + 2 alpha g.m (B, 1)."""
-        gap = x - alpha * self.mean
-        return gap, (gap * (gap + 2 * alpha * self.mean)).sum(1, keepdim=True)

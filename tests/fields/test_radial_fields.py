@@ -244,7 +244,8 @@ class TestRefusals:
             (lambda r: r, ["cdf(r, t) fails", "torch operations"]),
             (lambda r, t: 0.5 * torch.tanh(r / t), ["psi(r, t=", "u=0.6", "CDF"]),
             (lambda r, t: 0.5 + 0.5 * torch.tanh(r / t), ["psi(r, t=", "u=0.09", "CDF"]),
-            ("tanh(r/t)", ["cdf is 'tanh(r/t)'"]),
+            ("tanh(r/s)", ["tanh(r/s)", "'s'"]),
+            (0.5, ["cdf is 0.5"]),
         ],
     )
     def test_of_laws_that_cannot_be_used(self, cdf, texts, user_error):
