@@ -1,11 +1,14 @@
 """Objectives: what a network is regressed on. objective(network, batch) -> loss of shape (B, ...), not reduced."""
 
+import math
+from abc import ABC, abstractmethod
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from diffusion.errors import UserError
+from diffusion.fields import EmpiricalField
 from diffusion.generator import Generator
 
 
@@ -42,6 +45,9 @@ class NoiseLevels:
         self.mean, self.std = mean, std
         self.times = times
         normal = torch.special.ndtr((levels - mean) / std)
+        if not normal[-1] - normal[0] > 1e-9:
+            ends = f"{float(levels[0]):.3g} to {float(levels[-1]):.3g}"
+            raise UserError(f"noise levels have mean={mean} and std={std}, but log(noise / signal) runs from {ends} here")
         normal = (normal - normal[0]) / (normal[-1] - normal[0])
         self.shares = normal.lerp(torch.linspace(0, 1, len(times), dtype=torch.float64), even_share)
 
@@ -57,8 +63,8 @@ class NoiseLevels:
         return times[right - 1].lerp(times[right], weight)
 
 
-class FieldMatching:
-    """Regression of a generator on its field's target, in units of the error expected at each (x, t).
+class Matching(ABC):
+    """What the regressions on a field share: times, noise, hidden labels, and the unit of the loss.
 
     For affine fields the target is x0, for others the velocity; the unit is the preconditioner's `out`, so that the
     network's raw output is regressed on a target of unit variance: EDM's loss, for every field. The unit depends on
@@ -77,16 +83,75 @@ class FieldMatching:
         times, wrap = generator.field.clock(4096), generator.precondition
         self.times = NoiseLevels(times, wrap.log_noise_to_signal(times), mean, std, wrap.even_share)
 
+    @abstractmethod
+    def moved(self, batch: Batch) -> int:
+        """How many points of the batch, from the first on, are moved and shown to the network."""
+
+    @abstractmethod
+    def target(self, x: Tensor, t: Tensor, label: Tensor | None, batch: Batch) -> Tensor:
+        """What the network is regressed on at `x` (n, *shape), which came from the first points of the batch."""
+
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Squared error (B, *shape)."""
-        x0, number = batch.x, len(batch.x)
+        """Squared error (n, *shape)."""
+        number = self.moved(batch)
+        x0 = batch.x[:number]
         t = self.times.draw(number, batch.generator).to(x0)
         x = self.field.sample(x0, t, batch.generator)
-        prediction = network(x, t, self._hide(batch))
-        return ((prediction.target - self.field.target(x, t, x0)) / prediction.error).square()
+        label = self._hide(batch, number)
+        prediction = network(x, t, label)
+        return ((prediction.target - self.target(x, t, label, batch)) / prediction.error).square()
 
-    def _hide(self, batch: Batch) -> Tensor | None:
+    def _hide(self, batch: Batch, number: int) -> Tensor | None:
         if not self.num_classes:
             return None
-        chance = torch.rand(len(batch.x), generator=batch.generator, device=batch.generator.device)
-        return batch.label.where(chance.to(batch.x.device) >= self.label_dropout, self.num_classes)
+        chance = torch.rand(number, generator=batch.generator, device=batch.generator.device)
+        return batch.label[:number].where(chance.to(batch.x.device) >= self.label_dropout, self.num_classes)
+
+
+class FieldMatching(Matching):
+    """Regression of a generator on its field's target, one data point for each place: see Matching."""
+
+    def moved(self, batch):
+        return len(batch.x)
+
+    def target(self, x, t, label, batch):
+        return self.field.target(x, t, batch.x)
+
+
+class StableField(Matching):
+    """Regression on the mean of the field's target over a whole batch, given the place: less noise than one point has.
+
+    A share of the batch is moved; each place's target is its posterior mean over all points of the batch (of the same
+    class, where the network is told the class), by EmpiricalField. The mean over a finite reference is biased towards
+    the point that the place came from; the bias vanishes as the batch grows (Xu et al. 2023, arXiv 2302.00670).
+
+    Args:
+        share: of the batch that is moved; the network sees share * batch_size points a step.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        share: float = 0.125,
+        mean: float = -0.5,
+        std: float = 1.2,
+        label_dropout: float = 0.1,
+    ):
+        super().__init__(generator, mean, std, label_dropout)
+        if not 0 < share <= 1:
+            raise UserError(f"share is {share}, expected a part of the batch, more than 0 and at most 1")
+        self.share = share
+
+    def moved(self, batch):
+        return math.ceil(self.share * len(batch.x))
+
+    @torch.no_grad()
+    def target(self, x, t, label, batch):
+        if label is None:
+            return EmpiricalField(self.field, batch.x).target(x, t)
+        target = torch.empty_like(x)
+        for kind in label.unique():
+            rows = label == kind
+            reference = batch.x if kind == self.num_classes else batch.x[batch.label == kind]
+            target[rows] = EmpiricalField(self.field, reference).target(x[rows], t[rows])
+        return target

@@ -5,16 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from problems import AFFINE, GaussianMixture, names, point_masses
+from problems import AFFINE, GaussianMixture, PointMasses, names, point_masses
 from scipy import stats
 from torch import nn
 
 from diffusion import Generator
 from diffusion.data import toy, toy_law
-from diffusion.fields import gravity, linear, pfgmpp, variance_exploding, variance_preserving
+from diffusion.fields import gravity, linear, pfgmpp, radial_stretched, variance_exploding, variance_preserving
 from diffusion.generator import Prediction
 from diffusion.networks import MLP
-from diffusion.objectives import Batch, FieldMatching, NoiseLevels
+from diffusion.objectives import Batch, FieldMatching, NoiseLevels, StableField
 from diffusion.trainer import Trainer
 
 FIELD = {
@@ -90,6 +90,10 @@ class TestNoiseLevels:
     def test_the_law_needs_a_width(self, std, user_error):
         with user_error(f"std={std}"):
             noise_levels(linear(), 0.5, std=std)
+
+    def test_the_law_must_meet_the_field(self, user_error):
+        with user_error("mean=9.0", "std=0.1", "5.08"):
+            noise_levels(FIELD["gravity"], 0.5, 9.0, 0.1)
 
 
 class Exact(nn.Module):
@@ -186,6 +190,62 @@ class TestFieldMatching:
     def test_dropout_is_a_probability(self, rate, user_error):
         with user_error(rate):
             FieldMatching(Generator(linear(), MLP((2,)), (2,)), label_dropout=rate)
+
+
+class Listening(nn.Module):
+    """Keeps what the network is shown and answers with 0 in units of 1."""
+
+    def forward(self, x, t, label=None):
+        self.x, self.t, self.label = x, t, label
+        return Prediction(torch.zeros_like(x), torch.ones(len(x), 1, dtype=x.dtype))
+
+
+class TestStableField:
+    @pytest.mark.parametrize("field", [gravity(2), linear(), radial_stretched(2)], ids=["gravity", "linear", "radial"])
+    def test_target_is_the_posterior_mean_over_the_batch(self, field):
+        x0 = torch.randn(64, 2, generator=randomness(), dtype=torch.float64)
+        generator = Generator(field, MLP((2,)), (2,)).calibrate(x0)
+        network = Listening()
+        loss = StableField(generator, share=0.25)(network, Batch(x0, None, randomness(1)))
+        assert loss.shape == (16, 2)
+        reference = PointMasses(field, x0, torch.full((64,), 1 / 64, dtype=torch.float64))
+        expected = reference.average(field.target, network.x, network.t)
+        torch.testing.assert_close(loss, expected.square(), rtol=1e-8, atol=1e-12)
+
+    def test_points_come_from_the_first_of_the_batch(self):
+        x0 = torch.arange(8.0)[:, None].repeat(1, 2) * 1000
+        network = Listening()
+        StableField(Generator(linear(), MLP((2,)), (2,)), share=0.3)(network, Batch(x0, None, randomness()))
+        start = (network.x / (1 - network.t[:, None])).mean(1)
+        assert (start / 1000).round().tolist() == [0, 1, 2]
+
+    def test_targets_of_a_class_are_means_over_that_class(self):
+        """Two classes far apart in x0; a hidden label (here 2) means that both are averaged."""
+        label = torch.tensor([0, 1] * 100)
+        x0 = torch.randn(200, 2, generator=randomness(), dtype=torch.float64) + 10 * label[:, None]
+        generator = Generator(variance_exploding(), MLP((2,), num_classes=2), (2,)).calibrate(x0)
+        network = Listening()
+        objective = StableField(generator, share=1.0, mean=2.0, std=0.1, label_dropout=0.3)
+        target = objective(network, Batch(x0, label, randomness())).sqrt()
+        means = [target[network.label == kind].mean() for kind in (0, 1, 2)]
+        assert means[0] < 2
+        assert means[1] > 8
+        assert 3 < means[2] < 7
+
+    def test_targets_scatter_less(self):
+        """At large noise a single point says little of the mean, and the mean over the batch almost all."""
+        x0 = torch.randn(512, 2, generator=randomness(), dtype=torch.float64)
+        generator = Generator(gravity(2), MLP((2,)), (2,)).calibrate(x0)
+        losses = [
+            objective(generator, mean=3.0, std=0.1)(Listening(), Batch(x0, None, randomness(2))).mean()
+            for objective in (FieldMatching, StableField)
+        ]
+        assert losses[1] < 0.1 * losses[0]
+
+    @pytest.mark.parametrize("share", [0.0, 1.5, -1.0])
+    def test_the_share_is_a_part(self, share, user_error):
+        with user_error(f"share is {share}"):
+            StableField(Generator(linear(), MLP((2,)), (2,)), share=share)
 
 
 @pytest.mark.parametrize("name", ["variance_exploding", "gravity"])

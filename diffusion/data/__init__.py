@@ -15,6 +15,7 @@ from diffusion.data.arrays import array
 from diffusion.data.base import Examples, Splits, StreamedData, TensorData, to_uint8
 from diffusion.data.folder import image_folder
 from diffusion.data.geonames import cities
+from diffusion.data.principal import principal_gaussian
 from diffusion.data.sklearn_digits import digits
 from diffusion.data.torchvision_sets import torchvision_set
 from diffusion.data.toy_laws import LAWS, ToyLaw, toy, toy_law
@@ -30,6 +31,7 @@ __all__ = [
     "cities",
     "digits",
     "image_folder",
+    "principal_gaussian",
     "to_uint8",
     "torchvision_set",
     "toy",
