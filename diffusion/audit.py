@@ -21,6 +21,7 @@ from diffusion.fields.bumps import Bumps
 from diffusion.samplers.base import Model
 
 CHANCE = 1e-3  # that an exact velocity exceeds the limit somewhere
+ROUNDING = 1e-10  # of the flux; a standard error that is smaller says nothing
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def audit(
             residual.append(phi.slope(y, (f - v).flatten(1) / scale))
             flux.append(phi.slope(y, f.flatten(1) / scale))
         residual, flux = torch.cat(residual), torch.cat(flux)
-        error = residual.std(0) / math.sqrt(draws)
+        rounding = ROUNDING * flux.square().mean().sqrt()
+        error = (residual.std(0) / math.sqrt(draws)).clamp_min(rounding)
         z.append(residual.mean(0) / error)
         excess = (residual.mean(0).square() - error.square()).mean().clamp_min(0)
         share.append((excess / flux.square().mean()).sqrt())

@@ -47,7 +47,7 @@ class NoiseLevels:
         normal = torch.special.ndtr((levels - mean) / std)
         if not normal[-1] - normal[0] > 1e-9:
             ends = f"{float(levels[0]):.3g} to {float(levels[-1]):.3g}"
-            raise UserError(f"noise levels have mean={mean} and std={std}, but log(noise / signal) runs from {ends} here")
+            raise UserError(f"noise levels have mean={mean} and std={std}, but log(noise / signal) goes from {ends}")
         normal = (normal - normal[0]) / (normal[-1] - normal[0])
         self.shares = normal.lerp(torch.linspace(0, 1, len(times), dtype=torch.float64), even_share)
 

@@ -125,6 +125,14 @@ class Preconditioner(nn.Module):
         return self.field.log_noise_to_signal(t) - self.std.double().cpu().log()
 
 
+def _interpolate(at: Tensor, places: Tensor, *tables: Tensor) -> list[Tensor]:
+    """Values (B,) of each of `tables` (B, K), known at rising `places` (B, K), at (B,); constant beyond the ends."""
+    right = torch.searchsorted(places.contiguous(), at[:, None]).clamp(1, places.shape[1] - 1)
+    low, high = places.gather(1, right - 1), places.gather(1, right)
+    share = ((at[:, None] - low) / (high - low).clamp_min(torch.finfo(at.dtype).tiny)).clamp(0, 1)
+    return [torch.lerp(table.gather(1, right - 1), table.gather(1, right), share)[:, 0] for table in tables]
+
+
 class MeasuredPreconditioner(nn.Module):
     """For every other field, whose target is the velocity: the same coefficients, measured on draws of the field.
 
@@ -201,7 +209,9 @@ class MeasuredPreconditioner(nn.Module):
         near = (-0.5 * ((log_power - levels) / width).square()).softmax(0).T  # (LEVELS, N), rows sum to 1
         mean_power, v = near @ power, v - mean_shift
         skip = near @ (v * y).mean(1, keepdim=True) / mean_power
-        left = near @ v.square().mean(1, keepdim=True) - skip.square() * mean_power
+        # Of the estimate as it will be made, with skip interpolated between the levels.
+        (own_skip,) = _interpolate(log_power[:, 0], *(row.expand(len(x), -1) for row in (levels, skip.T)))
+        left = near @ (v - own_skip[:, None] * y).square().mean(1, keepdim=True)
         # Rounding decides where the velocity is a multiple of y.
         log_out = left.clamp_min(1e-12 * float(v.square().mean(1).median())).log() / 2
         self.centre[node], self.mean_shift[node] = (m.view_as(self.centre[0]) for m in (centre, mean_shift))
@@ -241,16 +251,12 @@ class MeasuredPreconditioner(nn.Module):
 
         Beyond the levels they are constant, but for the scale, which goes on as P^(-1/2).
         """
-        levels = self.log_power.to(log_power.dtype)[node]
-        right = torch.searchsorted(levels, log_power[:, None]).clamp(1, self.LEVELS - 1)
-        low, high = levels.gather(1, right - 1), levels.gather(1, right)
-        share = ((log_power[:, None] - low) / (high - low)).clamp(0, 1)
-        excess = (log_power - levels[:, -1]).clamp_min(0)
-        tables = (self.log_scale, self.skip, self.log_out, self.log_noise)
-        tables = (table.to(log_power.dtype)[node] for table in tables)
-        log_scale, *others = (
-            torch.lerp(table.gather(1, right - 1), table.gather(1, right), share)[:, 0] for table in tables
+        levels, *tables = (
+            table.to(log_power.dtype)[node]
+            for table in (self.log_power, self.log_scale, self.skip, self.log_out, self.log_noise)
         )
+        log_scale, *others = _interpolate(log_power, levels, *tables)
+        excess = (log_power - levels[:, -1]).clamp_min(0)
         return torch.stack([log_scale - excess / 2, *others])
 
     def log_noise_to_signal(self, t: Tensor) -> Tensor:

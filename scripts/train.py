@@ -87,6 +87,8 @@ def _refuse_wrong(field: Field, splits: Splits) -> None:
     if not report.passed:
         checks = "; ".join(
             f"{check.name}: {check.figure:.3g} {check.unit}, expected at most {check.tolerance:.3g}"
+            if check.unit
+            else f"{check.name}: {check.note}"
             for check in report.checks
             if check.passed is False
         )

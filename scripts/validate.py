@@ -28,7 +28,10 @@ def main(config: DictConfig) -> None:
     print(report.table())
     path = run_folder() / "report.json"
     path.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-    picture = save_report(report, field, x0[0], run_folder() / "report.png")
+    try:
+        picture = save_report(report, field, x0[0], run_folder() / "report.png")
+    except UserError as error:  # a wrong field may have no lines to draw
+        picture = f"none, {error}"
     print(f"figures: {path}; picture: {picture}")
     if not report.passed:
         print(f"the field is wrong: {', '.join(report.failed)}", file=sys.stderr)

@@ -68,19 +68,15 @@ def _mass(subject: Subject, x0: Tensor, t: float) -> tuple[float, float, str]:
     with contextlib.suppress(Unavailable):
         centres["rays from the label 0"] = field.transport(x0, torch.zeros_like(x0), t).flatten(1)
     ways = {how: _Rays(log_prob, centre, draws - centre) for how, centre in reversed(centres.items())}
-    if 1 < dim <= MOST_WHITENED and number > 16 * dim:
-        shape = _scatter(draws - middle)
-
-        def whitened(points: Tensor) -> Tensor:
-            return log_prob(points @ shape.T + middle) + shape.diagonal().log().sum()
-
-        white = torch.linalg.solve_triangular(shape, (draws - middle).T, upper=False).T
-        ways["whitened rays"] = _Rays(whitened, torch.zeros_like(middle), white)
     totals = {}
     for how, rays in ways.items():
         totals[how] = rays.log_totals(subject)
         if _mean(totals[how])[1] < GOOD:
             break
+    else:
+        if 1 < dim <= MOST_WHITENED and number > 16 * dim:
+            ways["whitened rays"] = _whitened(log_prob, middle, draws - middle)
+            totals["whitened rays"] = ways["whitened rays"].log_totals(subject)
     best = min(totals, key=lambda how: _mean(totals[how])[1])
     values = totals[best]
     while _mean(values)[1] > GOOD and len(values) < MOST_RAYS:
@@ -98,13 +94,17 @@ def _mean(log_values: Tensor) -> tuple[float, float]:
     return log_mean, error if math.isfinite(error) else math.inf
 
 
-def _scatter(gap: Tensor) -> Tensor:
-    """Lower Cholesky factor of Tyler's shape matrix (1987), which exists for every tail; from (N, d)."""
-    shape = torch.eye(gap.shape[1], dtype=gap.dtype)
+def _whitened(log_prob: Density, centre: Tensor, gap: Tensor) -> _Rays:
+    """Rays in coordinates in which Tyler's shape matrix (1987), which exists for every tail, is the identity."""
+    sized = gap[gap.norm(dim=1) > 0]
+    dim, shape = gap.shape[1], torch.eye(gap.shape[1], dtype=gap.dtype)
     for _ in range(20):
-        squared = torch.cholesky_solve(gap.T, torch.linalg.cholesky(shape)).T.mul(gap).sum(1, keepdim=True)
-        shape = gap.T @ (gap / squared) * gap.shape[1] / len(gap)
-    return torch.linalg.cholesky(shape)
+        squared = (torch.cholesky_solve(sized.T, torch.linalg.cholesky(shape)).T * sized).sum(1, keepdim=True)
+        shape = sized.T @ (sized / squared) * dim / len(sized)
+    factor = torch.linalg.cholesky(shape)
+    white = torch.linalg.solve_triangular(factor, gap.T, upper=False).T
+    log_det = factor.diagonal().log().sum()
+    return _Rays(lambda points: log_prob(points @ factor.T + centre) + log_det, torch.zeros_like(centre), white)
 
 
 def _mass_by_lines(log_prob: Density, places: Tensor, gap: Tensor) -> tuple[float, float]:
