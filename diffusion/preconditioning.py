@@ -232,11 +232,11 @@ class MeasuredPreconditioner(nn.Module):
         y = x - between(self.centre)
         log_power = y.square().flatten(1).mean(1).clamp_min(torch.finfo(x.dtype).tiny).log()
         sides = [self._look_up(log_power, node) for node in (before, before + 1)]
-        log_scale, skip, log_out, log_noise = torch.lerp(*sides, share).unsqueeze(2)
+        log_scale, skip, out, noise = torch.lerp(*sides, share).unsqueeze(2)
         place = (before + share) * (2 / (self.NODES - 1)) - 1
-        features = torch.cat([_feature(log_noise.exp(), between(self.signal)[:, None]), place[:, None]], 1)
+        features = torch.cat([_feature(noise, between(self.signal)[:, None]), place[:, None]], 1)
         t = t.view(-1, *one)
-        scale, skip, out = (value.view(-1, *one) for value in (log_scale.exp(), skip, log_out.exp()))
+        scale, skip, out = (value.view(-1, *one) for value in (log_scale.exp(), skip, out))
         return Coefficients(between(self.mean_shift) / t, y, scale, skip / t, out / t, features)
 
     def _place(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,7 +247,7 @@ class MeasuredPreconditioner(nn.Module):
         return before.long(), (place - before).clamp(0, 1)
 
     def _look_up(self, log_power: Tensor, node: Tensor) -> Tensor:
-        """log scale, skip, log out and log noise (4, B) at a time node for each point.
+        """log scale, skip, out and noise (4, B) at a time node for each point.
 
         Beyond the levels they are constant, but for the scale, which goes on as P^(-1/2).
         """
@@ -255,13 +255,15 @@ class MeasuredPreconditioner(nn.Module):
             table.to(log_power.dtype)[node]
             for table in (self.log_power, self.log_scale, self.skip, self.log_out, self.log_noise)
         )
-        log_scale, *others = _interpolate(log_power, levels, *tables)
+        log_scale, skip, log_out, log_noise = _interpolate(log_power, levels, *tables)
         excess = (log_power - levels[:, -1]).clamp_min(0)
-        return torch.stack([log_scale - excess / 2, *others])
+        # Near the data out and noise grow like t: between the times they, and not their logarithms, are linear.
+        return torch.stack([log_scale - excess / 2, skip, log_out.exp(), log_noise.exp()])
 
     def log_noise_to_signal(self, t: Tensor) -> Tensor:
         """log of noise / signal of the time, in the shape of `t` (N,), float64; rising."""
         before, share = self._place(t)
-        level = (self.noise / self.signal.clamp_min(1e-30)).double().cpu().log().cummax(0).values
-        level = level + 1e-6 * torch.arange(self.NODES)
-        return torch.lerp(level[before], level[before + 1], share)
+        signal = self.signal.double().cpu().clamp_min(1e-30)
+        noise = signal * (self.noise.double().cpu() / signal).cummax(0).values
+        noise, signal = (torch.lerp(table[before], table[before + 1], share) for table in (noise, signal))
+        return (noise / signal).log() + 1e-6 * (before + share)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from problems import coupled
+from problems import coupled, swirling
 from torch import nn
 
 from diffusion import Generator
@@ -12,6 +12,7 @@ from diffusion.data import digits, toy
 from diffusion.fields import (
     EmpiricalField,
     Gaussian,
+    RadialField,
     curved,
     gravity,
     laplace,
@@ -47,8 +48,10 @@ def measured(field, x0):
 
 
 def between_the_nodes(field, points):
-    """Times from t_min to the horizon, both included, few of which are nodes of the tables."""
-    return field.clock(points).tolist()
+    """Times from t_min to the horizon, both included, and two between t_min and the next node of the tables."""
+    first, second = field.clock(MeasuredPreconditioner.NODES)[:2].tolist()
+    near = [first + share * (second - first) for share in (0.1, 0.4)]
+    return [first, *near, *field.clock(points)[1:].tolist()]
 
 
 def input_and_target(precondition, x0, t, number=3000, seed=5):
@@ -70,7 +73,7 @@ HIGH_DIMENSIONAL = {
 PLANE = {
     "stretched": lambda: radial_stretched(2),
     "curved": lambda: curved(laplace()),
-    "coupled": coupled,
+    "swirling": swirling,
 }
 
 
@@ -84,13 +87,13 @@ class TestMeasured:
             value, target = input_and_target(precondition, images[1000:], t)
             assert float(value.square().mean()) == pytest.approx(1, abs=0.04)
             assert value.square().mean(1).max() < 3
-            tolerance = 0.5 if name == "gravity" and k == 0 else 0.15
+            tolerance = 0.5 if name == "gravity" and k < 3 else 0.15
             assert float(target.square().mean()) == pytest.approx(1, abs=tolerance), t
 
-    @pytest.mark.parametrize("name", PLANE)
+    @pytest.mark.parametrize("name", [*PLANE, "coupled"])
     def test_in_the_plane_the_time_alone_tells_the_noise_level(self, name):
         """Inputs of single points differ more in size, and the table of sizes is smoother than they are."""
-        field, points = PLANE[name](), toy("8gaussians").train.values.double()
+        field, points = {**PLANE, "coupled": coupled}[name](), toy("8gaussians").train.values.double()
         precondition = measured(field, points[:5000])
         for t in between_the_nodes(field, 9):
             value, target = input_and_target(precondition, points[5000:10000], t)
@@ -103,7 +106,7 @@ class TestMeasured:
         dim, centre = 64, torch.linspace(-1, 1, 64, dtype=torch.float64)
         x0 = centre + STD * torch.randn(20_000, dim, generator=randomness(), dtype=torch.float64)
         precondition = measured(straight(Gaussian()), x0)
-        for t in (0.03, 0.2, 0.5, 0.7, 0.99):
+        for t in (0.005, 0.03, 0.2, 0.5, 0.7, 0.99):
             variance = (1 - t) ** 2 * STD**2 + t**2
             covariance = t - (1 - t) * STD**2
             left = 1 + STD**2 - covariance**2 / variance
@@ -117,15 +120,16 @@ class TestMeasured:
             assert float(c.out.mean()) == pytest.approx(math.sqrt(left), rel=0.05)
             assert float((c.offset + centre).square().mean().sqrt()) < 0.1
             level = math.log(t / ((1 - t) * STD)) / 4
-            assert float(c.noise[:, 0].mean()) == pytest.approx(level, abs=0.04)
+            assert float(c.noise[:, 0].mean()) == pytest.approx(level, abs=0.04 if t < 0.9 else 0.15)
             assert float(c.noise[:, 1].mean()) == pytest.approx(2 * (t - 1e-3) / (1 - 1e-3) - 1, abs=1e-6)
 
     def test_log_noise_to_signal_is_that_of_a_gaussian_problem_and_rises(self):
         field = straight(Gaussian())
         precondition = measured(field, STD * torch.randn(20_000, 64, generator=randomness(), dtype=torch.float64))
-        t = torch.linspace(0.05, 0.95, 50, dtype=torch.float64)
+        t = torch.logspace(-2, math.log10(0.95), 50, dtype=torch.float64)
         expected = (t / ((1 - t) * STD)).log()
-        torch.testing.assert_close(precondition.log_noise_to_signal(t), expected, rtol=0, atol=0.05)
+        # 2048 draws do not measure a weak correlation of x with x0.
+        assert ((precondition.log_noise_to_signal(t) - expected).abs() / (1 + t / (1 - t))).max() < 0.05
 
     @pytest.mark.parametrize("name", PLANE)
     def test_log_noise_to_signal_rises(self, name):
@@ -190,11 +194,10 @@ def small_generator(field, shape=(2, 2)):
 
 NOT_AFFINE = {
     "stretched": lambda: radial_stretched(4),
-    "formula": "RadialField",
+    "formula": lambda: RadialField("tanh((r/t)^2)", 4, 500.0, t_min=0.01),
     "straight": lambda: straight(uniform()),
     "curved": lambda: curved(laplace(), 0.5),
 }
-NOT_AFFINE.pop("formula")
 
 
 class TestGenerator:
@@ -224,11 +227,12 @@ class TestGenerator:
         assert generator(x, t).error.equal(c.out)
 
     @pytest.mark.parametrize("quantity", ["denoised", "noise", "score", "estimate"])
-    @pytest.mark.parametrize(("build", "kind"), [(lambda: radial_stretched(4), "Radial"), (coupled, "Trajectory")])
+    @pytest.mark.parametrize(
+        ("build", "kind"), [(lambda: radial_stretched(4), "Radial"), (lambda: straight(uniform()), "Trajectory")]
+    )
     def test_what_needs_an_affine_field_is_refused(self, quantity, build, kind, user_error):
-        shape = (2, 2) if kind == "Radial" else (2,)
         with user_error(f"{kind}Field", "expected", "velocity"):
-            getattr(small_generator(build(), shape), quantity)(torch.zeros(3, *shape), 0.5)
+            getattr(small_generator(build()), quantity)(torch.zeros(3, 2, 2), 0.5)
 
     @pytest.mark.parametrize("name", NOT_AFFINE)
     def test_a_loaded_generator_is_the_same_to_the_last_bit(self, name, tmp_path):
@@ -248,10 +252,10 @@ class TestGenerator:
 
 def test_training_reaches_the_exact_velocity_of_a_toy_law(tmp_path):
     """A field that is neither affine nor a scale family. On fresh points the network's velocity is in the median
-    within 0.25 of the error that it is expected to make, and in the mean square, in that unit, the error is below
-    ERROR of what no network can avoid."""
+    within 0.12 of the error that it is expected to make, and in the mean square, in that unit, its error is below 5 %
+    of what no network can avoid. Before t = 0.1 the points of the data set are told from its law."""
     data = toy("8gaussians").train
-    field, points = radial_stretched(2), data.values[:4000].double()
+    field, points = radial_stretched(2), data.values[:-1000].double()
     torch.manual_seed(0)
     generator = Generator(field, MLP((2,), width=96, depth=3), (2,)).calibrate(data.values)
     options = {"device": "cpu", "checkpoint_every": 400, "log_every": 400}
@@ -260,8 +264,8 @@ def test_training_reaches_the_exact_velocity_of_a_toy_law(tmp_path):
     trained = trainer.fit(generator, objective, data, tmp_path)
 
     draws = randomness(7)
-    x0 = data.values[4000:5000].double()
-    t = objective.times.draw(1000, draws)
+    x0 = data.values[-1000:].double()
+    t = objective.times.draw(1000, draws).clamp_min(0.1)
     x = field.sample(x0, t, draws)
     exact = EmpiricalField(field, points).velocity(x, t)
     with torch.no_grad():
@@ -269,5 +273,5 @@ def test_training_reaches_the_exact_velocity_of_a_toy_law(tmp_path):
         error = (trained.velocity(x, t) - exact) / unit
     unavoidable = (field.velocity(x, t, x0) - exact) / unit
     print(error.square().mean(1).median().sqrt(), error.square().mean() / unavoidable.square().mean())
-    assert error.square().mean(1).median().sqrt() < 0.25
-    assert error.square().mean() < 0.1 * unavoidable.square().mean()
+    assert error.square().mean(1).median().sqrt() < 0.12
+    assert error.square().mean() < 0.05 * unavoidable.square().mean()

@@ -294,5 +294,5 @@ def start(subject: Subject) -> Check:
 
     near, stop = displacement(1e-4 * t_min), displacement(t_min)
     if not stop <= STOP:
-        return judge(name, stop, STOP, "std of the data", f"median distance from x0 at t_min={t_min:g}")
+        return judge(name, stop, STOP, "std of the data", f"median distance from x0 at t_min={t_min:g}: lower it")
     return judge(name, near, START, "std of the data", f"median distance from x0 at t={1e-4 * t_min:g}")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DROP = 33.0  # nats below the peak of the integrand at which it is given up
+DROP = 30.0  # nats below the peak of the integrand at which it is given up
 REACH = 300.0  # nats of distance that are searched for mass
 PANELS, NODES = 4, 16  # of the Gauss-Legendre rule on each side of the start
 ELEMENTS = 2**19  # numbers in memory at a time
