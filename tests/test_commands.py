@@ -176,7 +176,7 @@ def test_wandb_gets_the_run_offline_without_asking(tmp_path, monkeypatch):
 
 
 BAD_COMMANDS = [
-    ("train", ["field=nonsense"], "gravity linear pfgmpp variance_exploding variance_preserving"),
+    ("train", ["field=nonsense"], "curved gravity linear"),
     ("train", ["experiment=nonsense"], "digits_gravity"),
     ("train", ["trainer.stepz=3"], "unknown option trainer.stepz; expected one of: _target_, steps"),
     ("train", ["nonsense=3"], "unknown option nonsense; expected one of"),
@@ -210,6 +210,20 @@ BAD_COMMANDS = [
     ("sample", ["checkpoint=TRAINED", "num_samples=abc"], "num_samples is 'abc'"),
     ("sample", ["checkpoint=TRAINED", "label=a"], "label is 'a'"),
     ("sample", ["checkpoint=."], "no checkpoint at ."),
+    ("train", ["validate=maybe"], "validate is 'maybe', expected a value of type bool"),
+    ("train", ["field=radial", "field.cdf=tanh(r/u)"], "u"),
+    ("train", ["field=radial", "field.cdf=r/t"], "expected a share between 0 and 1"),
+    ("validate", ["data=8gaussians", "num_points=0"], "num_points is 0"),
+    ("validate", ["data=8gaussians", "effort=0"], "effort 0, expected"),
+    ("validate", ["data=8gaussians", "effort=many"], "effort"),
+    ("validate", ["field=nonsense"], "curved gravity linear"),
+    ("validate", ["field=own", "data=8gaussians"], "field._target_ is missing; give field._target_="),
+    ("validate", ["data=8gaussians", "field.dim=3"], "2 coordinates, but this field was built for dim=3"),
+    ("audit", [], "checkpoint is missing; give checkpoint="),
+    ("audit", ["checkpoint=nowhere"], "no checkpoint at nowhere"),
+    ("audit", ["checkpoint=TRAINED", "times=1"], "1 times"),
+    ("audit", ["checkpoint=TRAINED", "draws=abc"], "draws is 'abc', expected a value of type int"),
+    ("audit", ["checkpoint=TRAINED", "data=moons"], "data moons has shape (2,), expected (1, 8, 8)"),
 ]
 
 
@@ -323,6 +337,139 @@ def test_formulas_reach_options_as_they_are_typed(run):
     assert status == 2 and "num_samples is 3" in err
 
 
+QUICK = ["data=8gaussians", "effort=0.02", "num_points=100"]
+
+
+def test_a_right_field_is_validated(run, tmp_path):
+    status, out, err = run("validate", "field=gravity", *QUICK, f"hydra.run.dir={tmp_path / 'v'}")
+    assert (status, err) == (0, "")
+    report = json.loads((tmp_path / "v" / "report.json").read_text())
+    assert report["passed"] is True and report["failed"] == []
+    names = [check["name"] for check in report["checks"]]
+    assert names[:2] == ["continuity (strong)", "continuity (weak)"] and len(names) == 8
+    assert all(name in out for name in names) and "FAIL" not in out
+    assert f"{tmp_path / 'v'}/report.png" in out
+    assert Image.open(tmp_path / "v" / "report.png").size > (1000, 300)
+
+
+@pytest.mark.parametrize(
+    ("options", "check"),
+    [
+        (["field=radial", "field.cdf=0.995 * tanh(r/t)"], "mass"),
+        (["field=variance_exploding", "field.horizon=1"], "end"),
+        (["field=gravity", "field.t_min=1"], "start"),
+    ],
+)
+def test_a_wrong_field_ends_in_status_1_and_the_names_of_the_checks(run, tmp_path, options, check):
+    status, out, err = run("validate", *options, *QUICK, f"hydra.run.dir={tmp_path / 'v'}")
+    assert status == 1
+    report = json.loads((tmp_path / "v" / "report.json").read_text())
+    assert report["passed"] is False and check in report["failed"]
+    assert err == f"the field is wrong: {', '.join(report['failed'])}\n"
+    assert f"{check} " in out and "FAIL" in out
+    if "radial" not in options[0]:
+        assert report["failed"] == [check]
+        assert (tmp_path / "v" / "report.png").exists()
+
+
+OWN_LAWS = """
+import torch
+from torch import Tensor
+from diffusion.fields import Field
+
+def psi(r, t):
+    return 1 - torch.exp(-(r / t) ** 2 / 2)
+
+class Spread(Field):
+    rho = 7.0
+
+    def __init__(self, factor: float = 1.0):
+        self.horizon, self.factor = 80.0, factor
+
+    def velocity(self, x: Tensor, t, x0: Tensor) -> Tensor:
+        t = torch.as_tensor(t, dtype=x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        return self.factor * (x - x0) / t
+
+    def sample(self, x0: Tensor, t, generator=None) -> Tensor:
+        z = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
+        return x0 + torch.as_tensor(t, dtype=x0.dtype).reshape(-1, *[1] * (x0.dim() - 1)) * z
+"""
+
+
+def test_a_law_of_ones_own_is_validated(run, module):
+    module("own_law", OWN_LAWS)
+    law = ["field=radial", "field.cdf=own_law.psi", "field.horizon=80", "field.t_min=0.002"]
+    status, out, err = run("validate", *law, *QUICK)
+    assert (status, err) == (0, "") and "FAIL" not in out
+
+
+def test_a_field_of_ones_own_without_a_density_is_validated(run, module):
+    """What it does not define is not checked, and said so; what it does is."""
+    module("own_spread", OWN_LAWS)
+    own = ["field=own", "field._target_=own_spread.Spread"]
+    status, out, err = run("validate", *own, *QUICK)
+    assert (status, err) == (0, "") and "not checked: Spread has no density" in out and "report.png" in out
+    status, out, err = run("validate", *own, "+field.factor=0.8", *QUICK)
+    assert status == 1 and err == "the field is wrong: continuity (weak)\n"
+
+
+POINTS = [
+    "data=8gaussians", "model=mlp", "model.width=16", "model.depth=1", "trainer.steps=3", "trainer.checkpoint_every=3",
+    "trainer.log_every=2", "trainer.batch_size=16", "trainer.warmup=2", "device=cpu", "logger=none", "num_samples=0",
+]  # fmt: skip
+
+
+def test_nothing_is_trained_on_a_wrong_field(run, tmp_path):
+    folder = tmp_path / "run"
+    wrong = ["field=variance_exploding", "field.horizon=1", f"hydra.run.dir={folder}"]
+    status, _, err = run("train", *POINTS, *wrong)
+    assert status == 2 and err.count("\n") == 1
+    assert err.startswith("error: the field is wrong: end: ") and "nats, expected at most 0." in err
+    assert "validate=false" in err
+    assert not folder.exists()
+    assert run("train", *POINTS, *wrong, "validate=false")[0] == 0
+    assert (folder / "checkpoints" / "last" / "model.safetensors").exists()
+
+
+def test_a_law_that_cannot_be_drawn_from_is_refused_in_one_line_with_the_reason(run):
+    status, _, err = run("train", *POINTS, "field=radial", "field.cdf=0.995 * tanh(r/t)")
+    assert status == 2 and err.count("\n") == 1
+    assert "mass: psi(r, t=" in err and "expected a CDF" in err
+    assert "nan" not in err and "inf" not in err
+
+
+@pytest.mark.parametrize(
+    "field",
+    [["field=stretched"], ["field=radial", "field.cdf=tanh((r/t)^2)", "field.horizon=200"]],
+    ids=["stretched", "formula"],
+)
+def test_a_field_that_is_not_affine_is_trained_sampled_and_audited(run, tmp_path, field):
+    folder = tmp_path / "run"
+    assert run("train", *POINTS, *field, f"hydra.run.dir={folder}")[0] == 0
+    last = f"checkpoint={folder}/checkpoints/last"
+    drawn = ["num_samples=20", "sampler.steps=4", f"hydra.run.dir={tmp_path / 's'}"]
+    assert run("sample", last, *drawn)[0] == 0
+    points = np.load(tmp_path / "s" / "samples.npz")["points"]
+    assert points.shape == (20, 2) and np.isfinite(points).all()
+    status, _, _ = run("audit", last, "times=3", "draws=64", "functions=8", f"hydra.run.dir={tmp_path / 'a'}")
+    assert status == 0
+    found = json.loads((tmp_path / "a" / "audit.json").read_text())
+    assert [row["time"] for row in found["times"]] == pytest.approx(
+        Generator.load(folder / "checkpoints" / "last").field.clock(3).tolist()
+    )
+
+
+def test_audit_writes_a_table_a_file_and_a_picture(run, trained, tmp_path):
+    options = ["times=3", "draws=100", "functions=8", f"hydra.run.dir={tmp_path / 'a'}"]
+    status, out, err = run("audit", f"checkpoint={trained}/checkpoints/last", *options)
+    assert (status, err) == (0, "")
+    found = json.loads((tmp_path / "a" / "audit.json").read_text())
+    assert found["checkpoint"] == f"{trained}/checkpoints/last"
+    assert (found["draws"], found["functions"], len(found["times"])) == (100, 8, 3)
+    assert "8 test functions, 100 draws a time" in out and f"{tmp_path / 'a'}/audit.png" in out
+    assert Image.open(tmp_path / "a" / "audit.png").size > (800, 300)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.yaml"])
 def test_truncated_checkpoint_is_named(run, trained, tmp_path, name):
     folder = tmp_path / "copy"
@@ -366,7 +513,8 @@ def test_data_files_with_mistakes_are_named(run, tmp_path):
 def test_help_lists_the_choices(run):
     status, out, _ = run("train", "--help")
     assert status in (0, None)
-    assert "field: gravity, linear, pfgmpp, variance_exploding, variance_preserving" in out
+    choices = sorted(path.stem for path in (ROOT / "conf" / "field").iterdir())
+    assert f"field: {', '.join(choices)}" in out
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from diffusion.trainer import Trainer
 CONF = Path(__file__).parents[1] / "conf"
 SHAPES = {"digits": [1, 8, 8], "mnist": [1, 28, 28], "cifar10": [3, 32, 32], "toy2d": [2]}
 FILES = sorted(CONF.glob("*/*.yaml"))
+OWN = {"own": ["field._target_=diffusion.fields.variance_exploding"]}  # what the choices for one's own leave open
 
 
 def read(*overrides, command="train"):
@@ -55,11 +56,24 @@ def test_every_experiment_builds(name):
 )
 def test_every_choice_builds_in_the_default_experiment(path):
     group, name = path.parent.name, path.stem
-    config = read(f"{group}={name}")
+    config = read(f"{group}={name}", *OWN.get(name, []))
     if group == "data":
         assert config.data._target_.startswith("diffusion.data.")
     else:
         build_all(config, [2] if name == "mlp" else [1, 8, 8])
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "field").iterdir()))
+def test_every_field_is_the_same_in_all_commands(name):
+    """And moves data points of the size that it was built for."""
+    assert read(f"field={name}").field == read(f"field={name}", command="validate").field
+    config = read(f"field={name}", *OWN.get(name, []), command="validate")
+    config.shape, config.dim = [1, 8, 8], 64
+    field = build(config.field)
+    x0 = torch.zeros(3, 1, 8, 8, dtype=torch.float64)
+    x = field.sample(x0, field.horizon, torch.Generator().manual_seed(0))
+    assert field.velocity(x, field.horizon, x0).shape == x0.shape
+    assert 0 < field.t_min < 0.01 * field.horizon
 
 
 def test_command_line_wins_over_the_experiment():

@@ -65,3 +65,30 @@ def test_first_steps_prints_what_it_claims(printed):
     gaussian_distance, gaussian_near = numbers(text, "gaussian: energy distance #, near a city #")
     assert real_distance < distance < 0.3 * gaussian_distance
     assert gaussian_near + 0.3 * (real_near - gaussian_near) < near < real_near
+
+
+def test_your_own_field_prints_what_it_claims(printed):
+    text = printed("your_own_field.ipynb")
+    assert text.count("passed: True") == 1
+    assert "right: failed nothing" in text
+    assert "too fast: failed continuity (strong), continuity (weak)\n" in text
+    assert "wrong exponent: failed sampler, prior\n" in text
+
+    # 500 fair draws reach 316 of 500 points, give or take 7; all of them reach some point.
+    _, largest = numbers(text, "distance from the nearest data point: median #, largest #")
+    assert largest < 1e-3
+    (reached,) = numbers(text, "of 500 data points, # were reached by 500 draws")
+    assert 280 < reached < 350
+
+    distance = "energy distance to the training data #"
+    held_out, trained, barely = (
+        numbers(text, f"{title}: {distance}")[0] for title in ("held-out data", "800 steps", "40 steps")
+    )
+    assert held_out < trained < 0.7 * barely
+
+    # The longer training misses less of the flux, most plainly where the gaps between the arms are.
+    tables = [part.partition("in standard errors")[0] for part in re.split(r"\d+ steps\n *time", text)[1:]]
+    shares = [[float(share) for share in re.findall(r" ([.\d]+)%", table)] for table in tables]
+    assert [len(column) for column in shares] == [10, 10]
+    assert max(shares[1]) > 4 and max(shares[0]) < 0.5 * max(shares[1])
+    assert tables[0].count("violated") < 0.5 * tables[1].count("violated")

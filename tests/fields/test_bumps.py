@@ -1,4 +1,4 @@
-"""Test functions and Stein's vector fields: each formula against autograd, and the identities that they are made for."""
+"""Test functions and Stein's vector fields: each formula against autograd, and the identities they are made for."""
 
 import math
 

@@ -28,9 +28,7 @@ def integrals(log_prob, draws, origin=None, start=None, width=None):
     origin = torch.zeros_like(draws) if origin is None else origin.expand_as(draws)
     r = (draws - origin).norm(dim=1)
     start = r if start is None else start
-    return integrate_rays(
-        on_rays(log_prob), origin, (draws - origin) / r[:, None], start, width or spread(r.log())
-    )
+    return integrate_rays(on_rays(log_prob), origin, (draws - origin) / r[:, None], start, width or spread(r.log()))
 
 
 def quantile(law):
