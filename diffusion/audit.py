@@ -87,9 +87,9 @@ def audit(
         times: from t_min to the horizon, even in the field's clock.
         draws: of (x0, x_t) at each time.
     """
-    if len(x0) < 2 or times < 2 or draws < 2 or functions < 1:
-        got = f"{len(x0)} data points, {times} times, {draws} draws, {functions} functions"
-        raise UserError(f"cannot audit with {got}; expected at least 2, 2, 2 and 1")
+    if len(x0) < 2 or times < 2 or draws < 2 or functions < 1 or batch_size < 1:
+        got = f"{len(x0)} data points, {times} times, {draws} draws, {functions} functions, batch_size {batch_size}"
+        raise UserError(f"cannot audit with {got}; expected at least 2, 2, 2, 1 and 1")
     device, field = model.device, model.field
     randomness = torch.Generator().manual_seed(seed)
     x0 = x0.double().cpu()
@@ -104,7 +104,8 @@ def audit(
     clock = field.clock(times)
     z, share = [], []
     for t in clock.tolist():
-        scale = float((field.sample(x0, t, randomness) - centre).flatten(1).square().mean(1).median().sqrt())
+        pilot = field.sample(x0[torch.randint(len(x0), (1024,), generator=randomness)], t, randomness)
+        scale = float((pilot - centre).flatten(1).square().mean(1).median().sqrt())
         residual, flux = [], []
         for start in range(0, draws, batch_size):
             number = min(batch_size, draws - start)

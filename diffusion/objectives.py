@@ -148,10 +148,17 @@ class StableField(Matching):
     @torch.no_grad()
     def target(self, x, t, label, batch):
         if label is None:
-            return EmpiricalField(self.field, batch.x).target(x, t)
+            return self._mean(x, t, batch.x[: len(x)], batch.x)
         target = torch.empty_like(x)
         for kind in label.unique():
             rows = label == kind
             reference = batch.x if kind == self.num_classes else batch.x[batch.label == kind]
-            target[rows] = EmpiricalField(self.field, reference).target(x[rows], t[rows])
+            target[rows] = self._mean(x[rows], t[rows], batch.x[: len(x)][rows], reference)
+        return target
+
+    def _mean(self, x: Tensor, t: Tensor, x0: Tensor, reference: Tensor) -> Tensor:
+        """The mean over `reference`; a place that rounds out of a bounded support takes the target of its own point."""
+        exact = EmpiricalField(self.field, reference)
+        target, inside = self.field.target(x, t, x0).clone(), exact.log_prob(x, t).isfinite()
+        target[inside] = exact.target(x[inside], t[inside])
         return target

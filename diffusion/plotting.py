@@ -83,9 +83,12 @@ def save_report(report: Report, field: Field, x0: Tensor, path: str | Path) -> P
         lines.set(xlabel="time t", ylabel=r"$|x_t - x_0| / \sqrt{d}$")
     scale = "log" if field.rho > 1 else "linear"
     time, value = report.residuals
-    residual.plot(time, value.abs().clamp_min(1e-18), ".")
-    residual.axhline(STRONG, color="C3", linewidth=0.8)
-    residual.set(title="continuity (strong)", xscale=scale, yscale="log", xlabel="time t", ylabel="relative residual")
+    title = "continuity (strong)" if len(value) else "continuity (strong): not checked"
+    residual.set(title=title, xlabel="time t", ylabel="relative residual")
+    if bool(value.isfinite().any()):
+        residual.plot(time, value.abs().clamp_min(1e-18), ".")
+        residual.axhline(STRONG, color="C3", linewidth=0.8)
+        residual.set(xscale=scale, yscale="log")
     for t, u in report.quantiles.items():
         share = torch.linspace(0, 1, len(u))
         radius.plot(share, u.sort().values, label=f"t = {t:.3g}")

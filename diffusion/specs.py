@@ -169,7 +169,7 @@ def _build(spec: Any, trusted: Sequence[str]) -> Any:
     found = _find(target, trusted)
     try:
         return found(**arguments)
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot build {target}: {error}; was it written by another version?") from error
 
 

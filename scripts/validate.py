@@ -16,8 +16,8 @@ from diffusion.plotting import save_report
 @command("validate")
 def main(config: DictConfig) -> None:
     expect(config, num_points=int, seed=int)
-    if config.num_points < 1 or not config.effort > 0:
-        points = f"num_points is {config.num_points} and effort {config.effort}"
+    if config.num_points < 1 or not isinstance(config.effort, int | float) or not config.effort > 0:
+        points = f"num_points is {config.num_points} and effort {config.effort!r}"
         raise UserError(f"{points}, expected at least one point and a positive number")
     train = build(config.data).train
     config.shape, config.dim, config.num_classes = list(train.shape), math.prod(train.shape), 0

@@ -23,6 +23,13 @@ def test_python_example_runs(tmp_path, monkeypatch):
     assert scope["images"].shape == scope["velocity"].shape == (64, 1, 8, 8)
 
 
+def test_field_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("py")
+    (tmp_path / "example.py").write_text(code.replace("effort=0.1", "effort=0.02").replace("(1000)", "(100)"))
+    assert runpy.run_path("example.py")["images"].shape == (16, 1, 8, 8)
+
+
 def test_continuous_integration_runs_the_second_command():
     lines = (ROOT / ".ci" / "run").read_text().replace('bash -euo pipefail -c "$command"', "")
     printed = subprocess.run(

@@ -1,7 +1,7 @@
 """Fields: what moves the data."""
 
 from diffusion.fields.affine import AffineField, gravity, linear, pfgmpp, variance_exploding, variance_preserving
-from diffusion.fields.base import Field, Isotropic, Unavailable
+from diffusion.fields.base import Field, Isotropic, Unavailable, expand_time
 from diffusion.fields.empirical import EmpiricalField
 from diffusion.fields.laws import Gaussian, IsotropicLaw, Law, Product, StudentT, laplace, uniform
 from diffusion.fields.principal import PrincipalGaussian
@@ -33,6 +33,7 @@ __all__ = [
     "Unavailable",
     "curved",
     "drifting",
+    "expand_time",
     "gravity",
     "laplace",
     "linear",

@@ -46,7 +46,7 @@ class Quantile(torch.autograd.Function):
         if bool(log_r.isnan().any()):
             i = int(log_r.isnan().flatten().to(torch.uint8).argmax())
             u, t = float(u.flatten()[i]), float(t.flatten()[i])
-            raise UserError(f"psi(r, t={t:g}) does not cross u={u:g} at any r, expected a CDF, rising in r from 0 to 1")
+            raise UserError(f"psi(r, t={t:g}) has no r at which it is {u:.3g}, expected a CDF, rising in r from 0 to 1")
         return log_r.exp()
 
     @staticmethod

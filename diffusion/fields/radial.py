@@ -43,7 +43,7 @@ class RadialField(Field):
         horizon: T. The prior is the law around x0 = 0, so psi_T must hardly tell x0 from 0.
         inverse: closed form of the radius, inverse(h, t) of the cumulative hazard h = -log(1 - psi), which resolves
             both tails. Without it the radius is found by bracketing, to the rounding of psi.
-        t_min: where integration ends; 1e-3 of the horizon unless given.
+        t_min: where integration ends; 2.5e-5 of the horizon unless given, as for gravity.
         rho: the field's clock (see Field).
 
     Raises:
@@ -60,7 +60,7 @@ class RadialField(Field):
         t_min: float | None = None,
         rho: float = 7.0,
     ):
-        t_min = 1e-3 * horizon if t_min is None else t_min
+        t_min = 2.5e-5 * horizon if t_min is None else t_min
         if not 0 < t_min < horizon < math.inf:
             raise UserError(f"t_min is {t_min} and horizon {horizon}, expected 0 < t_min < horizon")
         if dim < 1:
@@ -211,7 +211,7 @@ def radial_exponential(dim: int, horizon: float | None = None, t_min: float | No
 def radial_stretched(dim: int, horizon: float | None = None, t_min: float | None = None) -> RadialField:
     """psi = tanh((r / t)^(1 + t / T)): not a scale family, its shape sharpens from tanh(s) to tanh(s^2) on the way.
 
-    The velocity is (1 / (1 + t / T) - log(r / t) t / T / (1 + t / T)) (x - x0) / t.
+    The velocity is (1 - log(r / t) (t / T) / (1 + t / T)) (x - x0) / t.
 
     Args:
         dim: d, number of data coordinates.

@@ -40,10 +40,17 @@ def integrate_rays(
         log_prob: maps points (R, K, d) on R rays to log-densities (R, K).
         origin: (R, d).
         direction: (R, d) unit vectors.
-        start: (R,) distances that divide each ray in two; where the mass is, roughly.
+        start: (R,) distances that divide each ray in two; where the mass is, roughly. Outside of a bounded support they
+            are halved until they are inside.
         width: of log r over the mass, roughly.
     """
-    dim, log_start = origin.shape[1], start.log()
+    dim = origin.shape[1]
+    for _ in range(60):
+        outside = log_prob(origin[:, None] + start[:, None, None] * direction[:, None])[:, 0].isneginf()
+        if not bool(outside.any()):
+            break
+        start = torch.where(outside, start / 2, start)
+    log_start = start.log()
     # Nearer to the origin than this, origin + r direction no longer resolves r.
     floor = (1e3 * torch.finfo(origin.dtype).eps * origin.abs().amax(1)).clamp_min(1e-280).log()
 

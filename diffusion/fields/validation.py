@@ -45,7 +45,7 @@ class Report:
                 lines.append(f"{check.name:<20} {'-':>10} {'-':>10}  {'-':<6}  not checked: {check.note}")
                 continue
             verdict = "pass" if check.passed else "FAIL"
-            what = f"{check.unit}; {check.note}" if check.note else check.unit
+            what = "; ".join(filter(None, (check.unit, check.note)))
             lines.append(f"{check.name:<20} {check.figure:>10.3g} {check.tolerance:>10.3g}  {verdict:<6}  {what}")
         return "\n".join(lines)
 
@@ -85,7 +85,12 @@ def validate(field: Field, x0: Tensor, seed: int = 0, effort: float = 1.0) -> Re
     Raises:
         UserError: `x0` has no points, or the field gives results of the wrong shape.
     """
-    subject = Subject(field, _checked_data(x0), seed, effort)
+    x0 = _checked_data(x0)
+    if not isinstance(getattr(field, "horizon", None), int | float):
+        raise UserError(f"{type(field).__name__} has no horizon, expected a number, the time of the prior")
+    if not 0 < field.t_min < field.horizon < math.inf:
+        raise UserError(f"t_min is {field.t_min} and horizon {field.horizon}, expected 0 < t_min < horizon")
+    subject = Subject(field, x0, seed, effort)
     _check_shapes(subject)
     found: list[Check] = []
     residuals, quantiles = (torch.empty(0), torch.empty(0)), {}
@@ -96,8 +101,10 @@ def validate(field: Field, x0: Tensor, seed: int = 0, effort: float = 1.0) -> Re
                 return check(subject)
         except Unavailable as error:
             return skipped(name, str(error))
-        except UserError as error:  # what the field says of its own arguments
-            return Check(name, math.inf, math.nan, "", False, str(error))
+        except Exception as error:  # of the user's own code
+            reason = str(error).partition("\n")[0]
+            note = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
+            return Check(name, math.inf, math.nan, "", False, note)
 
     strong = attempt("continuity (strong)", checks.strong_continuity)
     if not isinstance(strong, Check):
@@ -113,8 +120,9 @@ def validate(field: Field, x0: Tensor, seed: int = 0, effort: float = 1.0) -> Re
 
 
 def _checked_data(x0: Tensor) -> Tensor:
-    if x0.dim() < 2 or not len(x0):
-        raise UserError(f"x0 has shape {tuple(x0.shape)}, expected data points (N, *shape), at least one")
+    if not isinstance(x0, Tensor) or x0.dim() < 2 or not len(x0):
+        got = f"shape {tuple(x0.shape)}" if isinstance(x0, Tensor) else type(x0).__name__
+        raise UserError(f"x0 has {got}, expected a tensor of data points (N, *shape), at least one")
     x0 = x0.detach().double().cpu()
     if not bool(x0.isfinite().all()):
         raise UserError("x0 holds numbers that are not finite, expected data points")
@@ -122,18 +130,34 @@ def _checked_data(x0: Tensor) -> Tensor:
 
 
 def _check_shapes(subject: Subject) -> None:
-    field, x0 = subject.field, subject.rows(3)
-    t = subject.time(torch.tensor([0.3, 0.5, 0.7], dtype=x0.dtype))
-    x = subject.sample(x0, t)
-    results = {"sample": x, "velocity": field.velocity(x, t, x0) if x.shape == x0.shape else x0}
+    field, x0 = subject.field, subject.rows(4)
+    t = subject.time(torch.tensor([0.3, 0.5, 0.6, 0.7], dtype=x0.dtype))
+
+    def call(name: str, *args: Tensor) -> Tensor:
+        try:
+            return getattr(field, name)(*args)
+        except Unavailable:
+            raise
+        except Exception as error:  # of the user's own code
+            shapes = f"x and x0 of shape {tuple(x0.shape)} and t of shape (4,)"
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"{name} fails for {shapes}: {reason}; fields.expand_time(t, x) makes t fit x") from error
+
+    state = subject.randomness.get_state()
+    x = call("sample", x0, t, subject.randomness)
+    subject.randomness.set_state(state)
+    if not torch.equal(x, call("sample", x0, t, subject.randomness)):
+        raise UserError("sample does not follow its generator: two draws from one state differ; pass it to torch.randn")
+    results = {"sample": x, "velocity": call("velocity", x, t, x0) if x.shape == x0.shape else x0}
     for name, result in results.items():
-        if result.shape != x0.shape:
-            raise UserError(f"{name} gives shape {tuple(result.shape)} for points {tuple(x0.shape)}, expected the same")
+        if not isinstance(result, Tensor) or result.shape != x0.shape:
+            got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else repr(result)
+            raise UserError(f"{name} gives {got} for points {tuple(x0.shape)}, expected the same")
         if result.dtype != x0.dtype:
             raise UserError(f"{name} gives {result.dtype} for points of {x0.dtype}, expected the same")
     try:
-        log_p = field.log_prob(x, t, x0)
+        log_p = call("log_prob", x, t, x0)
     except Unavailable:
         return
-    if log_p.shape != (3,):
-        raise UserError(f"log_prob gives shape {tuple(log_p.shape)} for 3 points, expected (3,), one number for each")
+    if log_p.shape != (4,):
+        raise UserError(f"log_prob gives shape {tuple(log_p.shape)} for 4 points, expected (4,), one number for each")

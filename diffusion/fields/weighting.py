@@ -55,7 +55,7 @@ def weighted(blocks: Iterable[Block]) -> Sums:
             peak = top
         elif bool((top > peak).any()):
             rise = torch.maximum(peak, top)
-            decay = (_finite(peak) - _finite(rise)).exp()
+            decay = (_finite(peak) - _finite(rise)).exp().where(peak > -math.inf, 0.0)  # nothing to scale down yet
             peak, total, sums = rise, total * decay, sums * decay.to(sums.dtype)
         shifted = (logits - _finite(peak)).to(points.dtype).clamp_min(FLOOR)  # exp is slow where it underflows
         weights = torch.threshold(shifted.exp(), NOTHING, 0)
