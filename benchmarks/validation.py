@@ -34,7 +34,7 @@ FIELDS = {
     "curved": lambda dim: fields.curved(fields.Gaussian(), 1.0),
     "drifting": lambda dim: fields.drifting(lambda x0, t: (1 - t) * x0 + t * (1 - t) * x0.sin(), lambda t: t.sin()),
 }
-REPEATED = [("gravity", 2), ("linear", 64), ("radial_stretched", 2), ("straight(laplace)", 3), ("curved", 2)]
+REPEATED = [("gravity", 2), ("linear", 64), ("radial_stretched", 2), ("straight(laplace)", 3)]
 
 
 def data(dim: int) -> torch.Tensor:

@@ -9,18 +9,8 @@ import torch
 from torch import Tensor
 
 from diffusion.fields.base import Unavailable
-from diffusion.fields.checks import (
-    Check,
-    Subject,
-    bumps,
-    in_standard_errors,
-    judge,
-    largest_allowed,
-    legendre,
-    quantiles_of_radius,
-    skipped,
-    stein,
-)
+from diffusion.fields.checks import Check, Subject, bumps, in_standard_errors, judge, largest_allowed, skipped
+from diffusion.fields.draws import legendre, quantiles_of_radius, stein
 from diffusion.fields.rays import ELEMENTS, integrate_rays, log_sphere_area, spread
 
 MASS, RESOLVED, GOOD = 1e-3, 0.02, 0.01  # of log mass: tolerance, largest and satisfactory standard errors
@@ -96,7 +86,7 @@ def _mass(subject: Subject, x0: Tensor, t: float) -> tuple[float, float, str]:
     doubt = float((seen - again).abs().max())
     if doubt > GOOD or abs(log_mass + inverse) > GOOD + 5 * math.hypot(error, its_error):
         return log_mass, math.inf, best
-    return log_mass, error, best
+    return log_mass, math.hypot(error, doubt), best
 
 
 def _is_product(subject: Subject, log_prob: Density, draws: Tensor) -> bool:

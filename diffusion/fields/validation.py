@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.fields import checks, totals
+from diffusion.fields import checks, draws, totals
 from diffusion.fields.base import Field, Unavailable
 from diffusion.fields.checks import Check, Subject, skipped
 
@@ -110,7 +110,7 @@ def validate(field: Field, x0: Tensor, seed: int = 0, effort: float = 1.0) -> Re
     if not isinstance(strong, Check):
         strong, *residuals = strong
     found += [strong, attempt("continuity (weak)", checks.weak_continuity), attempt("field lines", checks.field_lines)]
-    sampler = attempt("sampler", checks.sampler_follows_density)
+    sampler = attempt("sampler", draws.sampler_follows_density)
     if not isinstance(sampler, Check):
         sampler, quantiles = sampler
     found.append(sampler)
