@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from problems import Logistic
+from own_fields import Logistic
 from scipy import stats
 from sklearn.decomposition import PCA
 from torch.distributions import Laplace, Normal, Uniform
