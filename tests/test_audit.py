@@ -206,7 +206,7 @@ class TestFunctions:
     def test_bad_arguments_are_refused(self, number, options, user_error):
         x0 = data()[:number]
         with user_error(
-            f"{number} data points", f"{options.get('times', 16)} times", "expected at least 2, 2, 2 and 1"
+            f"{number} data points", f"{options.get('times', 16)} times", "expected at least 2, 2, 2, 1 and 1"
         ):
             audit(EmpiricalField(linear(2), x0), x0, **options)
 

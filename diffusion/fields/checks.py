@@ -2,7 +2,9 @@
 
 Statistical checks average bounded test statistics over independent draws, so that their means are normal to good
 accuracy; each compares its largest mean, in standard errors, with the quantile that m such means together exceed with
-probability FALSE_ALARM (Bonferroni). There are six of them, so a correct field fails in fewer than 1 run in 1,000.
+probability FALSE_ALARM (Bonferroni). There are six of them, so one fails by chance in 6e-4 of runs if the means are
+normal. With few draws and skewed statistics they are so only roughly; therefore `validate` repeats a check that fails
+on fresh draws, and a correct field is refused only if chance strikes twice.
 """
 
 import math
