@@ -175,7 +175,9 @@ def test_a_velocity_costs_few_evaluations_of_the_map():
 
 
 @pytest.mark.parametrize(
-    "field", [straight(uniform(2.0)), straight(laplace()), curved(StudentT(3.0, 2), 0.7), principal()], ids=str
+    "field",
+    [straight(uniform(2.0)), straight(laplace()), curved(StudentT(3.0, 2), 0.7), principal()],
+    ids=["uniform", "laplace", "curved", "principal"],
 )
 def test_stored_and_built_again_it_is_the_same_field(field):
     again = build(describe(field))
