@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from diffusion import Generator
-from diffusion.fields import AffineField
+from diffusion.fields import Field
 from diffusion.objectives import FieldMatching
 from diffusion.samplers import Sampler
 from diffusion.trainer import Trainer
@@ -44,7 +44,7 @@ def build_all(config, shape):
 def test_every_experiment_builds(name):
     config = read(f"experiment={name}")
     generator, objective, sampler, trainer = build_all(config, SHAPES[name.split("_")[0]])
-    kinds = (AffineField, FieldMatching, Sampler, Trainer)
+    kinds = (Field, FieldMatching, Sampler, Trainer)
     assert all(isinstance(*pair) for pair in zip((generator.field, objective, sampler, trainer), kinds, strict=True))
     with torch.device("meta"):
         x = torch.zeros(2, *generator.shape)
