@@ -15,13 +15,16 @@ from diffusion.fields import (
     Gaussian,
     RadialField,
     Unavailable,
+    checks,
     expand_time,
     gravity,
     linear,
     pfgmpp,
+    totals,
     validate,
     variance_exploding,
 )
+from diffusion.fields.checks import judge
 
 CHECKS = ["continuity (strong)", "continuity (weak)", "field lines", "sampler", "mass", "start", "end", "prior"]
 NOT_A_GENERATOR = {"half_uniform"}  # keeps half of x0 at the horizon: right otherwise
@@ -112,6 +115,11 @@ def shifted(amount: float):
         "velocity": lambda right, x, t, x0: right.velocity(x, t, x0 + amount),
         "log_prob": lambda right, x, t, x0: right.log_prob(x, t, x0 + amount),
     }
+
+
+def elsewhere(right, x0, z, t):
+    """Lines of the points far to one side, a sixth of them, begin beside them."""
+    return right.transport(x0 + 0.1 * (x0[:, :1] > 1), z, t)
 
 
 def one_axis_wider(factor: float):
@@ -237,6 +245,7 @@ WRONG = [
     Wrong("horizon too short", lambda: variance_exploding(2, horizon=2.0), 2, {END}),
     Wrong("horizon too short, d = 64", lambda: gravity(64, horizon=10.0), 64, {END}),
     Wrong("start not at the data", lambda: Altered(variance_exploding(2), **shifted(0.01)), 2, {START}),
+    Wrong("start beside a sixth of the data", lambda: Altered(variance_exploding(2), transport=elsewhere), 2, {START}),
     Wrong("t_min far from the data", lambda: variance_exploding(2, t_min=1.0), 2, {START}),
     Wrong(
         "prior density of half the width",
@@ -313,6 +322,25 @@ def test_failures_of_the_users_own_code_are_told_in_one_line(user_error):
     strong = report.checks[0]
     assert strong.passed is False
     assert "numpy" in strong.note
+
+
+@pytest.mark.parametrize(("unit", "refused"), [("standard errors", False), ("nats", False), ("relative", True)])
+def test_chance_must_strike_twice_and_what_is_exact_once(unit, refused, monkeypatch):
+    calls = []
+
+    def fails_once(subject):
+        calls.append(subject)
+        return judge("continuity (weak)", 2.0 if len(calls) == 1 else 0.5, 1.0, unit)
+
+    monkeypatch.setattr(checks, "weak_continuity", fails_once)
+    assert (validate(variance_exploding(2), data(2), effort=0.02).passed is False) == refused
+    assert len(calls) == 1 if refused else 2
+    assert calls[-1].effort == (0.02 if refused else 0.04)
+
+
+def test_a_check_that_fails_twice_is_refused(monkeypatch):
+    monkeypatch.setattr(totals, "end", lambda subject: judge("end", 2.0, 1.0, "nats"))
+    assert validate(variance_exploding(2), data(2), effort=0.02).failed == ("end",)
 
 
 class Unfinished(Field):
