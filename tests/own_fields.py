@@ -9,12 +9,14 @@ from torch.nn import functional as F
 
 from diffusion.fields import (
     AffineField,
+    Field,
     Law,
     PrincipalGaussian,
     Product,
     RadialField,
     TrajectoryField,
     drifting,
+    expand_time,
     laplace,
     straight,
 )
@@ -74,3 +76,32 @@ def swirling() -> TrajectoryField:
     return drifting(
         lambda x0, t: (1 - t) * x0 + t * (1 - t) * x0.roll(1, -1).square(), lambda t: (0.5 * math.pi * t).sin()
     )
+
+
+class Sheared(Field):
+    """x = x0 + t (I + t N) z with z Gaussian and N of square zero, in an even number of dimensions.
+
+    The Jacobian I / t + N of the velocity has entries off the diagonal, so that random probes of its trace scatter.
+    """
+
+    horizon = 1.0
+
+    def __init__(self, shear: float):
+        self.shear = shear
+
+    def _mix(self, x: Tensor) -> Tensor:
+        """N x: the second half of the coordinates, cumulated, in the place of the first."""
+        half = x.shape[1] // 2
+        return torch.cat([self.shear * x[:, half:].cumsum(1), torch.zeros_like(x[:, half:])], 1)
+
+    def sample(self, x0, t, generator=None):
+        z, t = torch.randn(x0.shape, generator=generator, dtype=x0.dtype), expand_time(t, x0)
+        return x0 + t * (z + t * self._mix(z))
+
+    def velocity(self, x, t, x0):
+        return (x - x0) / expand_time(t, x) + self._mix(x - x0)
+
+    def log_prob(self, x, t, x0):
+        t = expand_time(t, x)
+        z = (x - x0) / t - self._mix(x - x0)
+        return -0.5 * (z.square() + math.log(math.tau)).sum(1) - x.shape[1] * t.flatten().log()

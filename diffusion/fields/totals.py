@@ -80,12 +80,13 @@ def _mass(subject: Subject, x0: Tensor, t: float) -> tuple[float, float, str]:
             return *_mass_by_lines(log_prob, draws[:8], middle), "lines, independent coordinates"
         return log_mass, math.inf, best
     # Rays through draws see every mode, and weighed by 1 / integral they give 1 / mass; other nodes, other rounding.
-    through = torch.nn.functional.normalize(ways[best].gap[:64], dim=1)
+    through = torch.nn.functional.normalize(ways[best].gap[:128], dim=1)
     seen, again = (ways[best].log_totals(through, stretch) for stretch in (1.0, 1.3))
     inverse, its_error = _mean(-seen)
-    doubt = float((seen - again).abs().max())
-    if doubt > GOOD or abs(log_mass + inverse) > GOOD + 5 * math.hypot(error, its_error):
+    missed = float(seen.max() - values.max()) > math.log(2)
+    if missed or abs(log_mass + inverse) > GOOD + 5 * math.hypot(error, its_error):
         return log_mass, math.inf, best
+    doubt = float((seen - again).abs().max())
     return log_mass, math.hypot(error, doubt), best
 
 
@@ -159,8 +160,7 @@ def end(subject: Subject) -> Check:
     kl, error = float(ratio.mean()), float(ratio.std()) / math.sqrt(number)
     error = error if math.isfinite(error) else 0.0
     # Negative beyond chance: one of the two densities is not that of the draws.
-    figure = abs(kl) if kl < 0 else kl
-    return judge(name, figure, allowed + largest_allowed(1) * error, "nats", "KL(p_T(.|x0) || prior)")
+    return judge(name, abs(kl), allowed + largest_allowed(1) * error, "nats", "KL(p_T(.|x0) || prior)")
 
 
 def _end_by_samples(subject: Subject, x: Tensor) -> Check:

@@ -166,6 +166,14 @@ class TestJumps:
         torch.testing.assert_close(torch.from_numpy(quantile(found)), (r / wall) ** dim, rtol=0, atol=1e-7)
         assert found.jumps.all()
 
+    def test_a_start_outside_of_the_support_is_moved_into_it(self):
+        def log_prob(x):
+            return torch.where(x.norm(dim=1) <= 1, 0.0, -math.inf).double()
+
+        direction = normalize(normal(24, 3), dim=1)
+        found = integrals(log_prob, direction, start=torch.full((24,), 40.0, dtype=torch.float64), width=0.2)
+        torch.testing.assert_close(found.log_total, torch.full((24,), -math.log(3.0)).double(), rtol=0, atol=1e-7)
+
     def test_both_walls_of_a_shell(self):
         def log_prob(x):
             r = x.norm(dim=1)
