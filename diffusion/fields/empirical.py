@@ -39,12 +39,19 @@ class EmpiricalField:
     One pass over the data, in blocks (diffusion.fields.weighting): memory does not grow with N. A field that is a
     function of distances costs two matrix products, x @ data.T and weights @ data; any other one is evaluated at each
     pair of a row and a data point. Products are made in the wider of the dtypes of x and data (in float64 up to 32
-    coordinates); distances, log-densities and what follows from the sums in float64 (float32 on devices without it). So
-    in float32 the log-density of one data point relative to another has an error of 1e-7 |x| |x_i| d_r log p / r:
-    pass float64 for data points that lie closer together than that can tell apart.
+    coordinates); what belongs to a row of x, the log-densities of log_prob and of fields that are not affine with a
+    Gaussian or Student-t base, and what follows from the sums in float64 (float32 on devices without it). So in float32
+    the log-density of one data point relative to another has an error of 1e-7 |x| |x_i| d_r log p / r: pass float64 for
+    data points that lie closer together than that can tell apart.
 
     Everything is differentiable in x, in memory that then grows with N; the score of a field that is not a function
     of distances is not.
+
+    On CUDA, where no gradients are asked for, scaled dot-product attention makes the means of affine fields with a
+    Gaussian base from float32 data of a multiple of 4 coordinates, without log-densities or weights in memory. Other
+    blocks are two products with what lies between them compiled (torch.compile, a few seconds at first; without a
+    compiler, step by step). FlexAttention is not used: it has no distance of the nearest point to measure from, without
+    which heavy tails lose digits. TF32 must be off, as it is by default.
 
     Args:
         field: any field with a density.

@@ -1,6 +1,9 @@
 """The exact field of a data set against a plain sum over all pairs, and what must hold where that sum breaks down."""
 
+import functools
 import math
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,6 +171,148 @@ class Largest(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and not function.is_view:
                 self.bytes = max(self.bytes, tensor.numel() * tensor.element_size())
         return result
+
+
+def without_gradients(x):
+    return not (torch.is_grad_enabled() and x.requires_grad)
+
+
+traced = functools.cache(functools.partial(torch.compile, dynamic=True, backend="aot_eager"))
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """What a GPU does, on a CPU: a kernel of attention, and steps traced for a compiler but not compiled."""
+    monkeypatch.setattr(weighting, "fused", without_gradients)
+    monkeypatch.setattr(weighting, "_compiled", traced)
+
+
+def of_all_kinds():
+    """Data of several pieces and a rest, one piece without weight, and times that differ or not."""
+    data, weights = smooth_images(2000), torch.rand(2000, generator=torch.Generator().manual_seed(2))
+    weights[512:1024] = weights[1990:] = 0
+    times = [1.0, torch.logspace(-3, 3, 64)]
+    return data, weights, times
+
+
+def disagreement(field, data, weights, t):
+    """Of float32 with float64, in the denoised mean, relative."""
+    x = field.sample(data[1024:1088], t, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        single = EmpiricalField(field, data, weights).denoised(x, t)
+        double = EmpiricalField(field, data.double(), weights).denoised(x.double(), t)
+    assert single.isfinite().all()
+    return (single - double).norm() / double.norm()
+
+
+@of_images
+def test_weights_of_points_in_single_precision(field):
+    data, weights, times = of_all_kinds()
+    for t in times:
+        assert disagreement(field, data, weights, t) < 1e-6
+
+
+@of_images
+def test_fused_blocks_have_the_same_error(field, fused):
+    data, weights, times = of_all_kinds()
+    for t in times:
+        assert disagreement(field, data, weights, t) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "columns, width, attended",
+    [
+        pytest.param(slice(36), 784, True, id="36"),
+        pytest.param(slice(4, 40), 784, True, id="from_4"),
+        pytest.param(slice(33), 784, False, id="33"),
+        pytest.param(slice(1, 37), 784, False, id="from_1"),
+        pytest.param(slice(36), 783, False, id="odd_rows"),
+    ],
+)
+def test_attention_keeps_no_log_densities(columns, width, attended, fused, monkeypatch):
+    """Where rows of the data lie as its kernels ask; other data are taken as ever."""
+    monkeypatch.setattr(weighting, "PAIRS", 2**17)
+    data = smooth_images(2000)[:, :width].contiguous()[:, columns]
+    exact, x = EmpiricalField(variance_exploding(), data), data[:64] + 1
+    with Largest() as largest, torch.no_grad():
+        result = exact.denoised(x, 1.0)
+    expected = EmpiricalField(variance_exploding(), data.double()).denoised(x.double(), 1.0)
+    assert relative_error(result, expected).max() < 3e-6
+    assert (largest.bytes < 4 * 64 * 1536) == attended  # the log-densities of three pieces
+
+
+class Calls(TorchDispatchMode):
+    """Records what is called, with the options given."""
+
+    def __init__(self):
+        super().__init__()
+        self.options = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.options[function.overloadpacket] = kwargs
+        return function(*args, **(kwargs or {}))
+
+
+def test_attention_on_a_gpu_gives_a_block():
+    """As far as shapes go: its kernel pads the rows of the log-sum-exp to a multiple of 32."""
+    query, points, bias = (torch.empty(*size, device="meta") for size in ((40, 8), (1536, 8), (1, 1536)))
+    with Calls() as calls:
+        block = weighting.attention(query, points, bias)
+    assert calls.options[torch.ops.aten._scaled_dot_product_efficient_attention] == {"scale": 1.0}
+    assert block.logits.shape == (40, 3)
+    assert block.weigh(block.logits).shape == (40, 8)
+
+
+def test_fuses_on_a_gpu_what_is_not_to_be_differentiated():
+    for on_gpu, graph in ((True, False), (True, True), (False, False)):
+        x = SimpleNamespace(is_cuda=on_gpu, requires_grad=graph)
+        assert weighting.fused(x) == (on_gpu and not graph and torch.version.hip is None)
+        with torch.no_grad():
+            assert weighting.fused(x) == (on_gpu and torch.version.hip is None)
+
+
+def test_without_a_compiler_the_steps_are_the_same(monkeypatch):
+    def no_compiler(function, **options):
+        def call(*tensors):
+            raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nand a long story")
+
+        return call
+
+    field, data = gravity(784), smooth_images(300)
+    expected = EmpiricalField(field, data).denoised(data[:3], 0.5)
+    monkeypatch.setattr(weighting, "fused", without_gradients)
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    weighting._compiled.cache_clear()
+    with pytest.warns(UserWarning, match=r"failed \(no C\+\+ compiler\)"):
+        assert EmpiricalField(field, data).denoised(data[:3], 0.5).equal(expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is said once
+        assert EmpiricalField(field, data).denoised(data[:3], 0.5).equal(expected)
+    weighting._compiled.cache_clear()
+
+
+@pytest.mark.slow
+@of_images
+def test_compiled_steps_have_the_same_error(field, monkeypatch):
+    monkeypatch.setattr(weighting, "fused", without_gradients)
+    data, weights, times = of_all_kinds()
+    for t in times:
+        assert disagreement(field, data, weights, t) < 1e-6
+
+
+@of_images
+@pytest.mark.parametrize("fuses", [False, True], ids=["plain", "fused"])
+def test_denoised_can_be_differentiated(field, fuses, monkeypatch):
+    monkeypatch.setattr(weighting, "PAIRS", 64)
+    monkeypatch.setattr(weighting, "fused", without_gradients if fuses else lambda x: False)
+    data = smooth_images(40).double()
+    x = field.sample(data[:8], 8.0, torch.Generator().manual_seed(1)).requires_grad_()
+    plain = PointMasses(field, data, torch.full((40,), 1 / 40, dtype=torch.float64))
+    direction = data[8:16]
+    results = [
+        gradient((model.denoised(x, 8.0) * direction).sum(1), x) for model in (EmpiricalField(field, data), plain)
+    ]
+    assert relative_error(*results).max() < 1e-9
 
 
 @every_field
