@@ -3,28 +3,61 @@
 import json
 
 import torch
-from cli import build, checkpoint_data, command, expect, run_folder
+from cli import build, checkpoint_data, command, expect, load, run_folder
 from omegaconf import DictConfig
 
-from diffusion import Generator, devices
+from diffusion import Generator, UserError
+from diffusion.data import Splits
+from diffusion.likelihood import dequantise, likelihood
 from diffusion.metrics import InceptionFeatures, default_features, evaluate
+
+EXACT_DIVERGENCE = 16  # coordinates; a mean over points does not need more, see diffusion.likelihood
+TOLERANCE = 1e-3  # nats a step and coordinate
 
 
 @command("evaluate")
 def main(config: DictConfig) -> None:
-    expect(config, seed=int, num_samples=int, batch_size=int, inception=bool)
-    generator = Generator.load(config.checkpoint, devices.pick(config.device), config.trust)
+    expect(config, seed=int, num_samples=int, batch_size=int, compile=bool, inception=bool, likelihood=int)
+    generator = load(config)
     splits = checkpoint_data(config, generator)
+    if not 0 <= config.likelihood <= len(splits.test):
+        raise UserError(f"likelihood is {config.likelihood}, expected from 0 to {len(splits.test)} test points")
     features = InceptionFeatures() if config.inception else default_features(splits)
     label = torch.arange(config.num_samples) % generator.num_classes if generator.num_classes else None
     sampler = build(config.sampler)
     samples = generator.sample(config.num_samples, sampler, config.seed, label, config.batch_size, progress=True)
     evaluation = evaluate(samples.to(generator.device), splits, features, config.seed)
+    figures = evaluation.to_dict()
+    if config.likelihood:
+        figures["likelihood"] = likelihoods(generator, splits, config.likelihood, config.seed, config.batch_size)
     path = run_folder() / "evaluation.json"
     settings = {"checkpoint": str(config.checkpoint), "num_samples": config.num_samples, "sampler": str(sampler)}
-    path.write_text(json.dumps({**settings, **evaluation.to_dict()}, indent=2) + "\n")
+    path.write_text(json.dumps({**settings, **figures}, indent=2) + "\n")
     print(evaluation.table())
+    for name, value in figures.get("likelihood", {}).items():
+        print(f"likelihood, {name.replace('_', ' ')}: {value:.5g}")
     print(f"figures: {path}")
+
+
+def likelihoods(generator: Generator, splits: Splits, number: int, seed: int, batch_size: int) -> dict[str, float]:
+    """Mean log-likelihood of `number` test points, of images with the noise that makes up for their grey levels."""
+    randomness = torch.Generator().manual_seed(seed)
+    x, label = splits.test.take(torch.randperm(len(splits.test), generator=randomness)[:number])
+    x = x.to(generator.device, torch.float64)
+    if splits.test.is_image:
+        x = dequantise(x, randomness)
+    conditions = {"label": label.to(generator.device)} if generator.num_classes else {}
+    options = {"tolerance": TOLERANCE * x[0].numel(), "exact_dim": EXACT_DIVERGENCE, "batch_size": batch_size}
+    found = likelihood(generator, x, generator=randomness, **options, **conditions)
+
+    def mean(values: torch.Tensor, name: str) -> dict[str, float]:
+        error = values.std() / number**0.5 if number > 1 else values.new_tensor(float("nan"))
+        return {name: float(values.mean()), f"{name}_standard_error": float(error)}
+
+    figures = {"points": number, **mean(found.nats, "nats"), "nats_numerical_error": float(found.error.mean())}
+    if splits.test.is_image:
+        figures |= mean(found.bits_per_dim(), "bits_per_dim")
+    return {**figures, "evaluations": float(found.evaluations.double().mean())}
 
 
 if __name__ == "__main__":
