@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from diffusion import checkpoints, specs
 from diffusion.errors import UserError
-from diffusion.fields import AffineField, Field, Gaussian, conversions
+from diffusion.fields import AffineField, Field, Gaussian, Unavailable, conversions
+from diffusion.fields.base import expand_time
+from diffusion.likelihood import EXACT_DIVERGENCE, likelihood
 from diffusion.preconditioning import MeasuredPreconditioner, Preconditioner
-from diffusion.samplers import Heun, generate
+from diffusion.samplers import Heun, Motion, generate
 from diffusion.samplers.base import Sampler
 
 
@@ -20,6 +22,33 @@ class Prediction(NamedTuple):
 
     target: Tensor  # (B, *shape)
     error: Tensor  # (B, 1, ...): losses are measured in this unit
+    score: Tensor | None = None  # (B, *shape), where the network has an output for it
+    score_error: Tensor | None = None  # (B, 1, ...)
+
+
+@runtime_checkable
+class Headed(Protocol):
+    """A network that says how many outputs it has: one, or a second one for the score."""
+
+    heads: int
+
+
+def learns_score(field: Field, shape: Sequence[int]) -> bool:
+    """Whether a score is to be learned beside the velocity: it does not follow from it, and regression can find it.
+
+    It can if grad log p_t(x|x0) has a finite second moment and E[grad log p_t(x|x0) . (x - x0)] = -d, which is to say
+    that the density has neither poles nor jumps. Asked of 500 draws.
+    """
+    if not isinstance(field, AffineField) or isinstance(field.base, Gaussian):
+        return False
+    x0 = torch.zeros(500, *shape, dtype=torch.float64)
+    try:
+        x = field.sample(x0, field.horizon, torch.Generator().manual_seed(0))
+        score = field.score(x, field.horizon, x0)
+    except Unavailable:
+        return False
+    stein, power = (x * score).flatten(1).mean(1), score.square().flatten(1).sum(1)
+    return bool((stein.mean() + 1).abs() < 0.1 + 5 * stein.std() / 500**0.5 and power.max() < 0.2 * power.sum())
 
 
 @specs.recorded
@@ -30,8 +59,12 @@ class Generator(nn.Module):
 
     Args:
         field: any field; denoised, noise and score need an affine one.
-        network: network(x, noise, label) -> output like x, with `num_classes` (see diffusion.networks).
+        network: network(x, noise, label) -> output like x, with `num_classes` (see diffusion.networks). With heads=2
+            the second output is the score, which for a Gaussian base follows from the first.
         shape: of one data point, such as (1, 8, 8).
+
+    Raises:
+        UserError: the network has a second output, and the field no score that it could learn.
     """
 
     def __init__(self, field: Field, network: nn.Module, shape: Sequence[int]):
@@ -40,6 +73,13 @@ class Generator(nn.Module):
         self.num_classes = network.num_classes
         wrap = Preconditioner if isinstance(field, AffineField) else MeasuredPreconditioner
         self.precondition = wrap(field, self.shape)
+        self.heads = network.heads if isinstance(network, Headed) else 1
+        if self.heads not in (1, 2) or (self.heads == 2 and not learns_score(field, self.shape)):
+            law = type(field.base if isinstance(field, AffineField) else field).__name__
+            raise UserError(
+                f"the network has heads={self.heads}, expected 1; 2, to learn a score, is for affine fields whose "
+                f"base is not Gaussian and has a density without jumps and poles, and this is {law}"
+            )
 
     def calibrate(self, x0: Tensor) -> "Generator":
         """Take the moments of the data, on which the preconditioning rests, from a sample (N, *shape) of it."""
@@ -49,10 +89,15 @@ class Generator(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Prediction:
         """The conditional mean of the field's target, with the unit in which its error is to be measured."""
-        c = self.precondition(x, t)
+        c, score = self.precondition.with_score(x, t) if self.heads == 2 else (self.precondition(x, t), None)
         dtype = next(self.network.parameters()).dtype
         output = self.network((c.scale * c.y).to(dtype), c.noise.to(dtype), label).to(x.dtype)
-        return Prediction(c.offset + c.skip * c.y + c.out * output, c.out)
+        first, *rest = output.chunk(self.heads, dim=1)
+        target = c.offset + c.skip * c.y + c.out * first
+        if score is None:
+            return Prediction(target, c.out)
+        sigma = self.field.sigma(expand_time(t, x))
+        return Prediction(target, c.out, (score.skip * c.y + score.out * rest[0]) / sigma, score.out / sigma)
 
     def estimate(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> conversions.Estimate:
         """Denoised, noise and velocity together, for one evaluation of the network.
@@ -83,13 +128,25 @@ class Generator(nn.Module):
         """grad log p_t(x).
 
         Raises:
-            UserError: the base law is not Gaussian; only then is the score linear in the denoised mean.
+            UserError: the base law is not Gaussian, for which alone the score is linear in the denoised mean, and the
+                network has no output for it.
         """
-        law = type(self.field.base if isinstance(self.field, AffineField) else self.field).__name__
-        if not isinstance(self.field, AffineField) or not isinstance(self.field.base, Gaussian):
-            raise UserError(f"the law of the noise is {law}; expected Gaussian: for others the velocity gives no score")
-        schedule = self.field.schedule(x, t)
-        return conversions.score_from_noise(schedule, self.noise(x, t, label))
+        return self.velocity_and_score(x, t, label).score
+
+    def velocity_and_score(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> Motion:
+        """Both for one evaluation of the network; as `velocity` and `score`."""
+        self._check(x)
+        if isinstance(self.field, AffineField) and isinstance(self.field.base, Gaussian):
+            estimate = self.estimate(x, t, label)
+            return Motion(estimate.velocity, conversions.score_from_noise(self.field.schedule(x, t), estimate.noise))
+        if self.heads == 1:
+            law = type(self.field.base if isinstance(self.field, AffineField) else self.field).__name__
+            raise UserError(
+                f"the law of the noise is {law}; expected Gaussian, or a network with heads=2: for others the velocity "
+                "gives no score, and this network was trained without one"
+            )
+        prediction = self(x, t, label)
+        return Motion(self.field.velocity_from_target(x, t, prediction.target), prediction.score)
 
     def _check(self, x: Tensor) -> None:
         if x.shape[1:] != self.shape:
@@ -116,6 +173,35 @@ class Generator(nn.Module):
             self, (number, *self.shape), sampler or Heun(), seed, self.labels(label, number), batch_size, progress
         )
 
+    def log_likelihood(
+        self,
+        x: Tensor,
+        label: Tensor | int | None = None,
+        t: float = 0.0,
+        tolerance: float = 5e-4,
+        exact_dim: int = EXACT_DIVERGENCE,
+        probes: int = 4,
+        seed: int = 0,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """log p_t(x) (B,) in nats, float64 on the device of x; `diffusion.likelihood` gives its error as well.
+
+        Args:
+            x: (B, *shape); images must be dequantised.
+            label: one class for all, or (B,).
+            t: 0 for the law of the data, or a time up to the horizon.
+            tolerance: of each step of the integration, in nats.
+            exact_dim: coordinates up to which the divergence is exact; beyond, an estimate with `probes` and `seed`.
+            batch_size: points in memory at a time.
+        """
+        self._check(x)
+        label = self.labels(label, len(x))
+        conditions = {} if label is None else {"label": label.to(self.device)}
+        randomness = torch.Generator().manual_seed(seed)
+        options = {"tolerance": tolerance, "exact_dim": exact_dim, "probes": probes, "batch_size": batch_size}
+        found = likelihood(self, x.to(self.device), t, generator=randomness, **options, **conditions)
+        return found.nats.to(x.device)
+
     def labels(self, label: Tensor | int | None, number: int) -> Tensor | None:
         """`label` for each of `number` samples, (number,); None stays None.
 
@@ -135,6 +221,11 @@ class Generator(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.precondition.centre.device
+
+    @property
+    def data_std(self) -> float:
+        """Standard deviation per coordinate of the data, which samplers ask for."""
+        return float(self.precondition.std)
 
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint from which `load` rebuilds this generator."""

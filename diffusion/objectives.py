@@ -11,6 +11,8 @@ from diffusion.errors import UserError
 from diffusion.fields import EmpiricalField
 from diffusion.generator import Generator
 
+SCORE_WEIGHT = 0.1
+
 
 class Batch(NamedTuple):
     """What an objective gets at each step."""
@@ -74,11 +76,22 @@ class Matching(ABC):
         generator: to be trained, calibrated to its data.
         mean, std: law of the training times, see NoiseLevels.
         label_dropout: probability that a class is hidden from a conditional network, for classifier-free guidance.
+        score_weight: of the loss of the score, in its own unit, where the network has a second output for it.
     """
 
-    def __init__(self, generator: Generator, mean: float = -0.5, std: float = 1.2, label_dropout: float = 0.1):
+    def __init__(
+        self,
+        generator: Generator,
+        mean: float = -0.5,
+        std: float = 1.2,
+        label_dropout: float = 0.1,
+        score_weight: float = SCORE_WEIGHT,
+    ):
         if not 0 <= label_dropout <= 1:
             raise UserError(f"label_dropout is {label_dropout}, expected a probability")
+        if not 0 <= score_weight < math.inf:
+            raise UserError(f"score_weight is {score_weight}, expected a number of 0 or more")
+        self.score_weight = score_weight
         self.field, self.num_classes, self.label_dropout = generator.field, generator.num_classes, label_dropout
         times, wrap = generator.field.clock(4096), generator.precondition
         self.times = NoiseLevels(times, wrap.log_noise_to_signal(times), mean, std, wrap.even_share)
@@ -91,15 +104,23 @@ class Matching(ABC):
     def target(self, x: Tensor, t: Tensor, label: Tensor | None, batch: Batch) -> Tensor:
         """What the network is regressed on at `x` (n, *shape), which came from the first points of the batch."""
 
+    @abstractmethod
+    def score(self, x: Tensor, t: Tensor, label: Tensor | None, batch: Batch) -> Tensor:
+        """What its second output is regressed on, where it has one."""
+
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Squared error (n, *shape)."""
+        """Squared error (n, *shape), with that of the score added."""
         number = self.moved(batch)
         x0 = batch.x[:number]
         t = self.times.draw(number, batch.generator).to(x0)
         x = self.field.sample(x0, t, batch.generator)
         label = self._hide(batch, number)
         prediction = network(x, t, label)
-        return ((prediction.target - self.target(x, t, label, batch)) / prediction.error).square()
+        loss = ((prediction.target - self.target(x, t, label, batch)) / prediction.error).square()
+        if prediction.score is None or self.score_weight == 0:
+            return loss
+        error = (prediction.score - self.score(x, t, label, batch)) / prediction.score_error
+        return loss + self.score_weight * error.square()
 
     def _hide(self, batch: Batch, number: int) -> Tensor | None:
         if not self.num_classes:
@@ -116,6 +137,9 @@ class FieldMatching(Matching):
 
     def target(self, x, t, label, batch):
         return self.field.target(x, t, batch.x)
+
+    def score(self, x, t, label, batch):
+        return self.field.score(x, t, batch.x)
 
 
 class StableField(Matching):
@@ -136,8 +160,9 @@ class StableField(Matching):
         mean: float = -0.5,
         std: float = 1.2,
         label_dropout: float = 0.1,
+        score_weight: float = SCORE_WEIGHT,
     ):
-        super().__init__(generator, mean, std, label_dropout)
+        super().__init__(generator, mean, std, label_dropout, score_weight)
         if not 0 < share <= 1:
             raise UserError(f"share is {share}, expected a part of the batch, more than 0 and at most 1")
         self.share = share
@@ -145,20 +170,29 @@ class StableField(Matching):
     def moved(self, batch):
         return math.ceil(self.share * len(batch.x))
 
-    @torch.no_grad()
     def target(self, x, t, label, batch):
+        return self._mean(self.field.target, EmpiricalField.target, x, t, label, batch)
+
+    def score(self, x, t, label, batch):
+        return self._mean(self.field.score, EmpiricalField.score, x, t, label, batch)
+
+    @torch.no_grad()
+    def _mean(self, own, average, x: Tensor, t: Tensor, label: Tensor | None, batch: Batch) -> Tensor:
+        """The mean over the batch, or over those of the class that the network is told.
+
+        A place that rounds out of a bounded support takes what is its `own` point's.
+        """
         if label is None:
-            return self._mean(x, t, batch.x[: len(x)], batch.x)
-        target = torch.empty_like(x)
+            return self._mean_over(batch.x, own, average, x, t, batch.x[: len(x)])
+        mean = torch.empty_like(x)
         for kind in label.unique():
             rows = label == kind
             reference = batch.x if kind == self.num_classes else batch.x[batch.label == kind]
-            target[rows] = self._mean(x[rows], t[rows], batch.x[: len(x)][rows], reference)
-        return target
+            mean[rows] = self._mean_over(reference, own, average, x[rows], t[rows], batch.x[: len(x)][rows])
+        return mean
 
-    def _mean(self, x: Tensor, t: Tensor, x0: Tensor, reference: Tensor) -> Tensor:
-        """The mean over `reference`; a place that rounds out of a bounded support takes the target of its own point."""
+    def _mean_over(self, reference: Tensor, own, average, x: Tensor, t: Tensor, x0: Tensor) -> Tensor:
         exact = EmpiricalField(self.field, reference)
-        target, inside = self.field.target(x, t, x0).clone(), exact.log_prob(x, t).isfinite()
-        target[inside] = exact.target(x[inside], t[inside])
-        return target
+        mean, inside = own(x, t, x0).clone(), exact.log_prob(x, t).isfinite()
+        mean[inside] = average(exact, x[inside], t[inside])
+        return mean

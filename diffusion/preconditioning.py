@@ -23,6 +23,13 @@ class Coefficients(NamedTuple):
     noise: Tensor  # (B, 2)
 
 
+class ScoreCoefficients(NamedTuple):
+    """How its second output is: sigma_t score = skip y + out F'."""
+
+    skip: Tensor  # (B, 1, ...)
+    out: Tensor  # (B, 1, ...)
+
+
 LIMIT = 1e-3  # of noise / signal, and of its inverse, in what the network is told
 
 
@@ -53,6 +60,11 @@ class Preconditioner(nn.Module):
     The likelihood of P given R is a Gamma law of mean m; its variance is that of d independent coordinates for the
     noise and, for the data, the one measured: images differ in power more than d independent coordinates would. Its
     shape is limited to 32, a spread of 9 % in the noise level: little is lost, and it is smooth on the nodes.
+
+    A score is treated alike. With noise of known scale its best linear estimate is -y / m, and what is left of
+    -(x - alpha x0) / s^2 has the variance alpha^2 std^2 / (s^2 m), so that, in units of 1 / sigma_t,
+
+        skip = -sigma_t E[1/m | P],    out^2 = sigma_t^2 (E[alpha^2 std^2 / (s^2 m) | P] + Var[1/m | P] P).
 
     All coefficients are functions of (x, t) alone, so the loss is still least where the network's estimate is E[x0|x].
     The network is told the posterior mean of log s and log sigma_t, as log(noise / signal) / 4, limited softly to 1000
@@ -93,6 +105,10 @@ class Preconditioner(nn.Module):
         self.power_shape.copy_((power.mean().square() / power.var()).clamp_max(1e6))
 
     def forward(self, x: Tensor, t: Tensor | float) -> Coefficients:
+        return self.with_score(x, t)[0]
+
+    def with_score(self, x: Tensor, t: Tensor | float) -> tuple[Coefficients, ScoreCoefficients]:
+        """The coefficients of both outputs."""
         field, one, dim = self.field, [1] * (x.dim() - 1), x[0].numel()
         t = expand_time(t, x).expand(len(x), *one)
         alpha, sigma, std = (value.to(x.dtype).reshape(-1, 1) for value in (field.alpha(t), field.sigma(t), self.std))
@@ -115,10 +131,16 @@ class Preconditioner(nn.Module):
         skips = alpha * std.square() / m
         skip = mean(skips)
         out = (mean(std.square() * noise / m) + mean((skips - skip).square()) * power).sqrt()
+        pulls = sigma / m
+        pull = mean(pulls)
+        score_out = mean(share / self.scales.to(x.dtype).square()) + mean((pulls - pull).square()) * power
+        score_out = score_out.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
         level = (mean(noise.log()) / 2).exp()
         features = torch.cat([_feature(level, alpha * std), _feature(sigma, alpha * std)], dim=1)
         offset = self.centre.to(x.dtype).expand_as(y)
-        return Coefficients(offset, y, *(value.view(-1, *one) for value in (mean(1 / m).sqrt(), skip, out)), features)
+        shaped = (value.view(-1, *one) for value in (mean(1 / m).sqrt(), skip, out, -pull, score_out))
+        scale, skip, out, score_skip, score_out = shaped
+        return Coefficients(offset, y, scale, skip, out, features), ScoreCoefficients(score_skip, score_out)
 
     def log_noise_to_signal(self, t: Tensor) -> Tensor:
         """log of sigma_t / (alpha_t std), in the shape of `t`, float64; infinite where alpha is 0."""

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from diffusion import Generator, UserError, checkpoints, devices
 from diffusion.data import Splits
 from diffusion.fields import Field, validate
+from diffusion.generator import learns_score
 from diffusion.logging import RunLog
 from diffusion.metrics import Features, InceptionFeatures, default_features, evaluate
 from diffusion.plotting import save_picture, save_samples
@@ -41,6 +42,7 @@ def main(config: DictConfig) -> None:
     splits = build(config.data)
     _fill_in(config, splits)
     field = build(config.field)
+    config.heads = 2 if learns_score(field, splits.train.shape) else 1
     if config.validate and is_main and not resume:
         _refuse_wrong(field, splits)
     torch.manual_seed(derive_seed(config.seed, "network"))

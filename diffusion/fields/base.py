@@ -85,6 +85,18 @@ class Field(ABC):
         """log p_t(x|x0) (B,), in nats; -inf where there is no mass."""
         raise Unavailable(f"{type(self).__name__} has no density; define log_prob(x, t, x0)")
 
+    def score(self, x: Tensor, t: Tensor | float, x0: Tensor) -> Tensor:
+        """grad_x log p_t(x|x0) (B, *shape), by autograd. Its mean given x is the marginal score grad log p_t(x).
+
+        That is so where the density is continuous: a jump of it has a part in the marginal score, and none here.
+        """
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            total = self.log_prob(x, t, x0).sum()
+            if not total.requires_grad:  # a piecewise constant density
+                return torch.zeros_like(x)
+            return torch.autograd.grad(total, x, materialize_grads=True)[0]
+
     def draw(
         self,
         size: Sequence[int],

@@ -94,6 +94,11 @@ class EmpiricalField:
     def device(self) -> torch.device:
         return self.data.device
 
+    @property
+    def data_std(self) -> float:
+        """Standard deviation per coordinate of the data, which samplers ask for."""
+        return math.sqrt(float(self._cloud.spread.mean()) / self._cloud.points.shape[1])
+
     def log_prob(self, x: Tensor, t: Tensor | float) -> Tensor:
         """log p_t(x) (B,), in nats; -inf where no data point has a density."""
 

@@ -64,6 +64,17 @@ class Law(ABC):
         """
         return Scales(torch.tensor([self.std], dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
 
+    def remainder(
+        self,
+        ratio: float,
+        size: Sequence[int],
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draws of w, independent of z, such that ratio z + w has the law of z; `ratio` is from 0 to 1."""
+        raise UserError(f"no noise is known that raises the level of {type(self).__name__} noise and keeps its law")
+
     def _check(self, size: Sequence[int]) -> None:
         check_dim(size, self.dim)
 
@@ -100,6 +111,9 @@ class Gaussian(IsotropicLaw):
     def log_prob_at(self, squared, dim):
         return -0.5 * (squared + dim * math.log(2 * math.pi))
 
+    def remainder(self, ratio, size, generator=None, dtype=None, device=None):
+        return math.sqrt(1 - ratio**2) * self.draw(size, generator, dtype, device)
+
 
 @recorded
 class StudentT(IsotropicLaw):
@@ -131,6 +145,19 @@ class StudentT(IsotropicLaw):
         dof = self.dof
         constant = math.lgamma((dof + dim) / 2) - math.lgamma(dof / 2) - 0.5 * dim * math.log(dof * math.pi)
         return constant - 0.5 * (dof + dim) * torch.log1p(squared / dof)
+
+    def remainder(self, ratio, size, generator=None, dtype=None, device=None):
+        """With one degree of freedom scales add up: exp(-|k|) is the characteristic function.
+
+        Raises:
+            UserError: there are more degrees of freedom, or less than one.
+        """
+        if self.dof != 1:
+            raise UserError(
+                f"noise that raises the level of Student-t noise and keeps its law is known for 1 degree of freedom, "
+                f"which is gravity, not for {self.dof:g}"
+            )
+        return (1 - ratio) * self.draw(size, generator, dtype, device)
 
     @property
     def scales(self):

@@ -57,7 +57,7 @@ class _Attention(nn.Module):
 
 @recorded
 class UNet(nn.Module):
-    """x (B, C, H, W), noise features (B, 2) and labels (B,) to an output like x.
+    """x (B, C, H, W), noise features (B, 2) and labels (B,) to an output like x, or to several.
 
     Args:
         shape: (C, H, W) of one image; any H and W.
@@ -67,6 +67,7 @@ class UNet(nn.Module):
         attention: levels (0 is the finest) that have self-attention.
         dropout: rate inside the residual blocks.
         num_classes: 0 for no classes.
+        heads: number of outputs like x, stacked along the channels.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class UNet(nn.Module):
         attention: Sequence[int] = (1,),
         dropout: float = 0.0,
         num_classes: int = 0,
+        heads: int = 1,
     ):
         super().__init__()
         if len(shape) != 3:
@@ -90,7 +92,7 @@ class UNet(nn.Module):
                 "positive channels, and attention at some of the levels that the multipliers make, 0 the finest"
             )
         width = 4 * channels
-        self.num_classes = num_classes
+        self.num_classes, self.heads = num_classes, heads
         self.embedding = Embedding(width, num_classes)
         self.first = nn.Conv2d(shape[0], channels, 3, padding=1)
         levels = [channels * m for m in multipliers]
@@ -115,7 +117,7 @@ class UNet(nn.Module):
                 stage.append(block(now + skips.pop(), size, level))
                 now = size
             self.up.append(stage)
-        self.norm, self.last = _norm(now), _zero(nn.Conv2d(now, shape[0], 3, padding=1))
+        self.norm, self.last = _norm(now), _zero(nn.Conv2d(now, heads * shape[0], 3, padding=1))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, noise: Tensor, label: Tensor | None = None) -> Tensor:

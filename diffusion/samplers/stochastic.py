@@ -1,0 +1,268 @@
+"""Samplers of the SDEs that share a field's marginals, for any noise level g(t): see diffusion.samplers.frames."""
+
+import itertools
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.errors import UserError
+from diffusion.fields import AffineField, Field
+from diffusion.samplers.base import Model, Randomness, Sampler, finite, state_dtype
+from diffusion.samplers.frames import AffineFrame, Frame, Noise, PlainFrame
+from diffusion.samplers.grids import Grid, PowerGrid
+from diffusion.samplers.scores import gaussian
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers for the samples of a batch, from one generator or from one for each of them."""
+
+    generator: Randomness
+
+    def __call__(self, draw: Callable[..., Tensor], like: Tensor) -> Tensor:
+        """draw(size, generator=...), for points `like` (B, *shape).
+
+        Raises:
+            UserError: there are not as many generators as samples.
+        """
+        if self.generator is None or isinstance(self.generator, torch.Generator):
+            device = like.device if self.generator is None else self.generator.device
+            return draw(like.shape, generator=self.generator, dtype=state_dtype(device), device=device).to(like)
+        if len(self.generator) != len(like):
+            raise UserError(f"there are {len(self.generator)} generators, expected one for each of {len(like)} samples")
+        one = (1, *like.shape[1:])
+        dtype = like.dtype
+        return torch.cat([draw(one, generator=g, dtype=dtype, device=g.device) for g in self.generator]).to(like)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal numbers."""
+        return self(torch.randn, like)
+
+
+@dataclass(frozen=True)
+class RenewalGrid(Grid):
+    """PowerGrid with rho of at least `rho`.
+
+    Near the data noise is renewed in a time of the order of t: of steps even in t the last would renew all of it many
+    times over.
+    """
+
+    rho: float = 3.0
+
+    def __call__(self, field: Field, points: int) -> Tensor:
+        return PowerGrid(max(self.rho, field.rho))(field, points)
+
+
+@dataclass(frozen=True)
+class StochasticSampler(Sampler):
+    """The loop of the stochastic samplers. They end with the field's endpoint, as the samplers of the ODE do.
+
+    Args:
+        steps: number of times from T to t_min; there are steps - 1 steps of the method.
+        grid: rule that lays the times.
+    """
+
+    steps: int = 50
+    grid: Grid = field(default_factory=RenewalGrid, kw_only=True)
+    order = 0  # weak order of convergence: of means of smooth functions
+
+    def __post_init__(self):
+        if self.steps < 2:
+            raise UserError(f"sampler has steps={self.steps}, expected at least 2")
+
+    @abstractmethod
+    def integrate(self, frame: Frame, x: Tensor, times: Tensor, draws: Draws) -> Tensor:
+        """The state at the last of `times` from the state `x` at the first."""
+
+    @torch.no_grad()
+    def __call__(self, model: Model, x_T: Tensor, generator: Randomness = None, **conditions: Any) -> Tensor:
+        x = x_T.to(state_dtype(x_T.device))
+        frame = (AffineFrame if isinstance(model.field, AffineField) else PlainFrame)(model, x, conditions)
+        x = self.integrate(frame, x, self.grid(model.field, self.steps), Draws(generator))
+        t_min = torch.tensor(model.field.t_min, dtype=x.dtype, device=x.device)
+        velocity = finite(model.velocity(x, t_min.expand(len(x)), **conditions), "velocity", t_min)
+        return model.field.endpoint(x, t_min, velocity).to(x_T.dtype)
+
+
+@dataclass(frozen=True)
+class SDESampler(StochasticSampler):
+    """A sampler of the SDE with noise level g.
+
+    Args:
+        noise: a number, the strength, in units of the field's own rate (frames.AffineFrame, frames.PlainFrame), in
+            which 1 is the time-reversed diffusion for variance_exploding and 0 is the ODE; or g(t), a function of a
+            tensor of times.
+    """
+
+    noise: Noise = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not callable(self.noise) and not 0 <= self.noise < math.inf:
+            raise UserError(f"noise is {self.noise}, expected a strength of 0 or more, or a function g(t)")
+
+    def integrate(self, frame, x, times, draws):
+        for (t, t_next), renewal in zip(
+            itertools.pairwise(times.to(x)), frame.renewals(self.noise, times), strict=True
+        ):
+            x = self.step(frame, x, t, t_next, renewal, draws)
+        return x
+
+    @abstractmethod
+    def step(self, frame: Frame, x: Tensor, t: Tensor, t_next: Tensor, renewal: float, draws: Draws) -> Tensor:
+        """The state at `t_next` from the state `x` at `t`."""
+
+
+@dataclass(frozen=True)
+class EulerMaruyama(SDESampler):
+    """First order, `steps` evaluations in all. The linear part is exact: for strength 0 it is DDIM."""
+
+    order = 1
+
+    def step(self, frame, x, t, t_next, renewal, draws):
+        step = frame.step(t, t_next, renewal)
+        return step(x, frame.pair(x, t, renewal), draws.normal(x) if renewal else 0.0)
+
+
+@dataclass(frozen=True)
+class Stochastic(SDESampler):
+    """Second order, 2 steps - 1 evaluations in all: Heun's method for an SDE with additive noise.
+
+    The noise of the step is in the prediction already (Kloeden and Platen 1992, eq. 15.1.3), and the linear part is
+    exact, as in exponential integrators (Lu et al. 2022, arXiv 2211.01095; Gonzalez et al. 2023, arXiv 2305.14267).
+    """
+
+    order = 2
+
+    def step(self, frame, x, t, t_next, renewal, draws):
+        step, xi = frame.step(t, t_next, renewal), draws.normal(x) if renewal else 0.0
+        now = frame.pair(x, t, renewal)
+        return step(x, now, xi, frame.pair(step(x, now, xi), t_next, renewal))
+
+
+@dataclass(frozen=True)
+class PredictorCorrector(SDESampler):
+    """First order: a step of the ODE, then steps of Langevin at the new time (Song et al. 2021, algorithms 2 and 3).
+
+    Each of the two keeps the marginals by itself, so that nothing is lost in taking turns. 1 + corrections evaluations
+    a step, and one more.
+
+    Args:
+        corrections: steps of Langevin, which share the renewal that g has over the step.
+    """
+
+    corrections: int = 1
+    order = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.corrections < 1:
+            raise UserError(f"sampler has corrections={self.corrections}, expected at least 1")
+
+    def step(self, frame, x, t, t_next, renewal, draws):
+        x = frame.step(t, t_next, 0.0)(x, frame.pair(x, t, 0.0), 0.0)
+        if renewal:
+            each = renewal / self.corrections
+            langevin = frame.step(t_next, t_next, each)
+            for _ in range(self.corrections):
+                x = langevin(x, frame.pair(x, t_next, each), draws.normal(x))
+        return x
+
+
+@dataclass(frozen=True)
+class Ancestral(StochasticSampler):
+    """DDPM (Ho et al. 2020) for eta = 1, DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16) for eta = 0.
+
+    x' is drawn from q(x'|x, x0) with x0 replaced by its mean given x. First order, `steps` evaluations in all.
+
+    Args:
+        eta: standard deviation of the noise in units of that of q(x'|x, x0), from 0 to 1.
+    """
+
+    eta: float = 1.0
+    order = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.eta <= 1:
+            raise UserError(f"eta is {self.eta}, expected a number from 0 to 1")
+
+    def integrate(self, frame, x, times, draws):
+        if not gaussian(frame.model.field):
+            raise UserError(
+                "ancestral sampling needs an affine field with a Gaussian base: elsewhere no q(x'|x, x0) is known; "
+                "take Stochastic, or Churn for gravity"
+            )
+        log_ratio = frame.model.field.log_noise_to_signal(times)
+        for t, t_next, drop in zip(times.to(x)[:-1], times.to(x)[1:], log_ratio.diff().tolist(), strict=True):
+            renewal = -0.5 * math.log1p(self.eta**2 * math.expm1(2 * drop)) if self.eta < 1 else -drop
+            step = frame.step(t, t_next, renewal)
+            x = step(x, frame.pair(x, t, renewal), draws.normal(x) if renewal else 0.0)
+        return x
+
+
+@dataclass(frozen=True)
+class Churn(StochasticSampler):
+    """EDM's sampler (Karras et al. 2022, algorithm 2): noise is added up to a higher level, then Heun's step goes down.
+
+    Second order, 2 steps - 1 evaluations in all. To raise the level and stay on the marginals takes a law that noise
+    can be added to: Gaussian, or gravity's, whose scales add up. The level is sigma / alpha. No score is needed.
+
+    Args:
+        churn: EDM's S_churn: the level is raised by the factor 1 + churn / steps, at most by sqrt(2).
+        lowest, highest: levels between which it is raised; EDM's S_min and S_max.
+        inflate: EDM's S_noise, a factor of the standard deviation of the noise; 1 is right for an exact model.
+    """
+
+    churn: float = 20.0
+    lowest: float = 0.0
+    highest: float = math.inf
+    inflate: float = 1.0
+    order = 2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.churn < math.inf:
+            raise UserError(f"churn is {self.churn}, expected a number of 0 or more")
+
+    def integrate(self, frame, x, times, draws):
+        field = frame.model.field
+        if not isinstance(field, AffineField):
+            raise UserError(
+                f"churn needs an affine field, and this is {type(field).__name__}: no noise is known that raises its "
+                "level and keeps its marginals; take Stochastic, or PredictorCorrector"
+            )
+        log_level = field.log_noise_to_signal(times)
+        gain = math.log1p(min(self.churn / self.steps, math.sqrt(2) - 1))
+        churned = (log_level >= math.log(max(self.lowest, 1e-300))) & (log_level <= math.log(self.highest))
+        raised = times.where(~churned, self._time_at(field, log_level + gain, times))
+        for t, t_up, t_next in zip(times.to(x)[:-1], raised.to(x)[:-1], times.to(x)[1:], strict=True):
+            if t_up > t:
+                x = self._raise(field, x, t, t_up, draws)
+            h, slope = t_next - t_up, frame.velocity(x, t_up)
+            x = x + 0.5 * h * (slope + frame.velocity(x + h * slope, t_next))
+        return x
+
+    def _raise(self, field: AffineField, x: Tensor, t: Tensor, t_up: Tensor, draws: Draws) -> Tensor:
+        (alpha, alpha_up), (sigma, sigma_up) = (c(torch.stack([t, t_up])).tolist() for c in (field.alpha, field.sigma))
+        ratio = alpha_up * sigma / (alpha * sigma_up)
+
+        def remainder(size, **options):
+            return field.base.remainder(ratio, size, **options)
+
+        return alpha_up / alpha * x + self.inflate * sigma_up * draws(remainder, x)
+
+    @staticmethod
+    def _time_at(field: AffineField, log_level: Tensor, times: Tensor) -> Tensor:
+        """The times (n,) of these log(sigma / alpha), at most the horizon, by bisection from `times` up."""
+        low, high = times.clone(), torch.full_like(times, field.horizon)
+        for _ in range(60):
+            middle = (low + high) / 2
+            above = field.log_noise_to_signal(middle) > log_level
+            low, high = low.where(above, middle), middle.where(above, high)
+        return high
