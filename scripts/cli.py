@@ -18,7 +18,7 @@ from hydra.errors import ConfigCompositionException, HydraException, Instantiati
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from diffusion import Generator, UserError, checkpoints, specs
+from diffusion import Generator, UserError, checkpoints, devices, specs
 from diffusion.data import Splits
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, OSError, torch.OutOfMemoryError)
@@ -142,6 +142,14 @@ def _functions(plain: dict) -> dict[str, Callable]:
 
 def _is_path(value: object) -> bool:
     return isinstance(value, str) and "." in value and specs.DOTTED.fullmatch(value) is not None
+
+
+def load(config: DictConfig) -> Generator:
+    """The generator of the option `checkpoint`; with `compile` its network is one graph."""
+    generator = Generator.load(config.checkpoint, devices.pick(config.device), config.trust)
+    if config.compile:
+        generator.network.compile(mode="reduce-overhead" if generator.device.type == "cuda" else None)
+    return generator
 
 
 def checkpoint_data(config: DictConfig, generator: Generator) -> Splits:

@@ -2,18 +2,17 @@
 
 import math
 
-from cli import build, command, expect, run_folder
+from cli import build, command, expect, load, run_folder
 from omegaconf import DictConfig
 
-from diffusion import Generator, devices
 from diffusion.plotting import save_samples
 from diffusion.samplers import Counted, generate
 
 
 @command("sample")
 def main(config: DictConfig) -> None:
-    expect(config, seed=int, num_samples=int, batch_size=int, label=int)
-    generator = Generator.load(config.checkpoint, devices.pick(config.device), config.trust)
+    expect(config, seed=int, num_samples=int, batch_size=int, compile=bool, label=int)
+    generator = load(config)
     number, counted = config.num_samples, Counted(generator)
     label = generator.labels(config.label, number)
     size = (number, *generator.shape)

@@ -202,6 +202,7 @@ BAD_COMMANDS = [
     ("evaluate", ["checkpoint=nowhere"], "no checkpoint at nowhere"),
     ("evaluate", ["checkpoint=TRAINED", "data=moons"], "data moons has shape (2,), expected (1, 8, 8)"),
     ("evaluate", ["checkpoint=TRAINED", "num_samples=1"], "1"),
+    ("evaluate", ["checkpoint=TRAINED", "likelihood=451"], "likelihood is 451, expected from 0 to 450 test points"),
     ("train", ["seed=abc"], "seed is 'abc', expected a value of type int"),
     ("train", ["trainer.devices=abc"], "devices is 'abc', expected a value of type int"),
     ("train", ["num_samples=3"], "num_samples is 3, expected 0 or at least"),

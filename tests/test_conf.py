@@ -11,12 +11,13 @@ from omegaconf import OmegaConf
 from diffusion import Generator
 from diffusion.fields import Field
 from diffusion.objectives import FieldMatching
-from diffusion.samplers import Sampler
+from diffusion.samplers import Multistep, Sampler, Tuned, store_tuned
 from diffusion.trainer import Trainer
 
 CONF = Path(__file__).parents[1] / "conf"
 SHAPES = {"digits": [1, 8, 8], "mnist": [1, 28, 28], "cifar10": [3, 32, 32], "toy2d": [2]}
 FILES = sorted(CONF.glob("*/*.yaml"))
+TUNED = CONF / "sampler/tuned.yaml"  # only for checkpoints that have been tuned
 OWN = {"own": ["field._target_=diffusion.fields.variance_exploding"]}  # what the choices for one's own leave open
 
 
@@ -52,7 +53,7 @@ def test_every_experiment_builds(name):
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in FILES if path.parent.name != "experiment"], ids=lambda path: path.stem
+    "path", [path for path in FILES if path.parent.name != "experiment" and path != TUNED], ids=lambda path: path.stem
 )
 def test_every_choice_builds_in_the_default_experiment(path):
     group, name = path.parent.name, path.stem
@@ -100,6 +101,13 @@ def test_commands_share_the_samplers():
     for command in ("sample", "evaluate"):
         config = read("checkpoint=somewhere", "sampler=adaptive", "sampler.rtol=0.5", command=command)
         assert build(config.sampler).rtol == 0.5
+
+
+def test_a_tuned_sampler_is_that_of_the_checkpoint(tmp_path):
+    store_tuned(tmp_path, Tuned(Multistep(6, 2), 0.1, 0.2))
+    for command in ("sample", "evaluate"):
+        config = read(f"checkpoint={tmp_path}", "sampler=tuned", "sampler.nfe=6", command=command)
+        assert build(config.sampler) == Multistep(6, 2)
 
 
 def test_nothing_in_the_package_reads_configurations():

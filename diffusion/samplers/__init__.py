@@ -1,11 +1,53 @@
 """Samplers: from the prior at the horizon to data."""
 
 from diffusion.samplers.adaptive import Adaptive
-from diffusion.samplers.base import Counted, FixedStep, Model, Sampler, generate
+from diffusion.samplers.base import Counted, FixedStep, Model, ODESampler, Sampler, generate
 from diffusion.samplers.euler import Euler
-from diffusion.samplers.grids import Grid, LogGrid, PowerGrid
+from diffusion.samplers.grids import BandGrid, Grid, LogSNRGrid, PowerGrid
 from diffusion.samplers.heun import Heun
+from diffusion.samplers.multistep import Multistep
+from diffusion.samplers.runge_kutta import RungeKutta
+from diffusion.samplers.scores import Joint, Motion, Scored, motion
+from diffusion.samplers.stochastic import (
+    Ancestral,
+    Churn,
+    EulerMaruyama,
+    PredictorCorrector,
+    RenewalGrid,
+    Stochastic,
+    StochasticSampler,
+)
+from diffusion.samplers.tuning import Tuned, store_tuned, tune, tuned_sampler
 
 __all__ = [
-    "Adaptive", "Counted", "Euler", "FixedStep", "Grid", "Heun", "LogGrid", "Model", "PowerGrid", "Sampler", "generate",
-]  # fmt: skip
+    "Adaptive",
+    "Ancestral",
+    "BandGrid",
+    "Churn",
+    "Counted",
+    "Euler",
+    "EulerMaruyama",
+    "FixedStep",
+    "Grid",
+    "Heun",
+    "Joint",
+    "LogSNRGrid",
+    "Model",
+    "Motion",
+    "Multistep",
+    "ODESampler",
+    "PowerGrid",
+    "PredictorCorrector",
+    "RenewalGrid",
+    "RungeKutta",
+    "Sampler",
+    "Scored",
+    "Stochastic",
+    "StochasticSampler",
+    "Tuned",
+    "generate",
+    "motion",
+    "store_tuned",
+    "tune",
+    "tuned_sampler",
+]

@@ -1,53 +1,123 @@
 """Adaptive integration by torchdiffeq."""
 
+import warnings
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torchdiffeq import odeint
 from torchdiffeq._impl.odeint import SOLVERS
+from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from diffusion.errors import UserError
-from diffusion.samplers.base import Sampler
+from diffusion.samplers.arc import Arc, column, data_std, noise_scales, times_of_noise
+from diffusion.samplers.base import Model, ODESampler, Velocity, endpoint
+
+# All of torchdiffeq's but scipy's, which has options of its own, and explicit_adams, which diverges on these ODEs.
+METHODS = sorted(SOLVERS.keys() - {"scipy_solver", "explicit_adams", "fixed_adams"})
+
+
+class _Stopped(Exception):
+    """The last evaluation that was allowed has been made."""
+
+
+class _Slope:
+    """d(x / radius) / du, with the time going from T to t_min as u goes from 0 to 1.
+
+    u is even in log((t + high) / (t + low)), for each sample between its own two times (rows, 1).
+    """
+
+    def __init__(self, velocity: Velocity, arc: Arc, low: Tensor, high: Tensor, allowed: int):
+        self.velocity, self.arc, self.low, self.high, self.left = velocity, arc, low, high, allowed
+        self.first, last = (((end + high) / (end + low)).log() for end in (arc.field.horizon, arc.field.t_min))
+        self.span = last - self.first
+        self.reached: tuple[Tensor, Tensor] | None = None  # u and state where the last step began
+
+    def times(self, u: Tensor) -> Tensor:
+        """(rows, 1)."""
+        ratio, field = (self.first + u * self.span).exp(), self.arc.field
+        return ((self.high - ratio * self.low) / (ratio - 1)).clamp(field.t_min, field.horizon)
+
+    def __call__(self, u: Tensor, state: Tensor) -> Tensor:
+        if self.left == 0:
+            raise _Stopped
+        self.left -= 1
+        t = self.times(u)
+        at = self.arc.at(t)
+        rate = self.span * (t + self.low) * (t + self.high) / (self.low - self.high)  # dt/du
+        x = state * column(at.radius, 0, state)
+        return (self.velocity(x, t[:, 0]) - column(at.drift, 0, x) * x) * column(rate / at.radius, 0, x)
+
+    def callback_step(self, u: Tensor, state: Tensor, step: Tensor) -> None:
+        """Called by torchdiffeq at the start of each step."""
+        self.reached = (u, state)
 
 
 @dataclass(frozen=True)
-class Adaptive(Sampler):
-    """Any method of torchdiffeq, in the field's clock u = t^(1/rho).
+class Adaptive(ODESampler):
+    """Any method of torchdiffeq, for x / radius (see diffusion.samplers.arc) in a clock of its own.
 
     In t itself a field that runs over decades (80 to 0.002) has all its features in the last thousandth: the error
-    estimate of the first step sees none of them, and the solver jumps over everything. In the clock they are spread
-    evenly. Fixed-step methods of torchdiffeq take `steps` equal steps of the clock.
+    estimate of the first step sees none of them, and the solver jumps over everything. Here the clock
+    log((t + a) / (t + b)) spreads them evenly, between the noise of 0.12 and 1.4 std of the data, and division by the
+    radius, at a scale of 5 std, keeps the state bounded, so that tolerances mean the same from the prior to the data.
+    The error is controlled in the root mean square over the whole batch.
 
     Args:
         method: of torchdiffeq, such as dopri5, dopri8, bosh3, rk4.
-        rtol, atol: tolerances of one step, relative and absolute.
+        rtol, atol: tolerances of one step, relative and absolute, of x / radius.
         steps: for torchdiffeq's fixed-step methods.
+        max_evaluations: when these are spent, the field's estimate of the data from where the solver is is returned,
+            with a warning.
+        std: as for Multistep.
     """
 
     method: str = "dopri5"
     rtol: float = 1e-5
     atol: float = 1e-5
     steps: int = 40
+    max_evaluations: int = 1000
+    std: float | None = None
 
     def __post_init__(self):
-        if self.method not in SOLVERS:
-            raise UserError(f"method is {self.method!r}, expected one of torchdiffeq's: {', '.join(sorted(SOLVERS))}")
+        if self.method not in METHODS:
+            raise UserError(f"method is {self.method!r}, expected one of torchdiffeq's: {', '.join(METHODS)}")
+        if self.max_evaluations < 2:
+            raise UserError(f"sampler has max_evaluations={self.max_evaluations}, expected at least 2")
 
-    def integrate(self, velocity, x, field):
-        rho = field.rho
-        ends = torch.tensor([field.horizon, field.t_min], dtype=x.dtype, device=x.device)
+    def solve(self, velocity: Velocity, x: Tensor, model: Model) -> Tensor:
+        field, std = model.field, self.std or data_std(model)
+        noise = noise_scales(field, x)
+        low, high = (times_of_noise(field, level * std / noise).to(x) for level in (0.12, 1.4))
+        high = torch.maximum(high, 4 * low)  # where the noise is large at t_min still, both are t_min
+        arc = Arc(field, 5 * std, noise.to(x))
+        slope = _Slope(velocity, arc, low, high, self.max_evaluations - 1)
+        span = torch.tensor([0, 1], dtype=x.dtype, device=x.device)
 
-        def even_steps(slope, x, u):
-            grid = torch.linspace(float(u[0]), float(u[-1]), self.steps + 1, dtype=u.dtype, device=u.device)
-            grid[0], grid[-1] = u[0], u[-1]
-            return grid
+        def even_steps(slope, state, u):
+            return torch.linspace(0, 1, self.steps + 1, dtype=u.dtype, device=u.device)
 
-        def slope(u, x):
-            t = u.pow(rho).clamp(field.t_min, field.horizon)
-            return velocity(x, t) * (rho * u.pow(rho - 1))
-
-        fixed = issubclass(SOLVERS[self.method], FixedGridODESolver)
-        options = {"grid_constructor": even_steps} if fixed else None
-        span = ends ** (1 / rho)
-        return odeint(slope, x, span, rtol=self.rtol, atol=self.atol, method=self.method, options=options)[-1]
+        kind, options = SOLVERS[self.method], None
+        if issubclass(kind, FixedGridODESolver):
+            options = {"grid_constructor": even_steps}
+        elif issubclass(kind, RKAdaptiveStepsizeODESolver):
+            options = {"step_t": span[1:]}  # the last step ends there; otherwise it goes beyond
+        state = x / column(arc.at(slope.times(span[0])).radius, 0, x)
+        try:
+            state = odeint(slope, state, span, rtol=self.rtol, atol=self.atol, method=self.method, options=options)[-1]
+            u = span[1]
+        except (_Stopped, AssertionError) as stopped:
+            if slope.reached is None:
+                raise
+            u, state = slope.reached
+            spent = self.max_evaluations - 1 - slope.left
+            reason = "all are spent" if isinstance(stopped, _Stopped) else f"the steps became too small, {stopped}"
+            warnings.warn(
+                f"{self.method} stopped at t={float(slope.times(u)[0]):.4g} after {spent} of {self.max_evaluations} "
+                f"evaluations: {reason}; the result is the field's estimate from there. Raise max_evaluations, rtol or "
+                "atol",
+                stacklevel=3,
+            )
+        t = slope.times(u)
+        return endpoint(velocity, state * column(arc.at(t).radius, 0, x), field, t[:, 0].expand(len(x)))

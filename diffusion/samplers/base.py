@@ -1,7 +1,8 @@
 """What samplers share: the call, the loop over a time grid, the count of evaluations, and sampling in batches.
 
 A model is any object with ``.field`` and ``.velocity(x, t, **conditions)``: a Generator, an exact field, one's own.
-States are float64 (float32 on devices without it); the model casts to its own precision.
+States are float64 (float32 on devices without it); the model casts to its own precision. Samplers that draw random
+numbers take them from a torch.Generator, or from one for each sample.
 """
 
 import itertools
@@ -16,7 +17,10 @@ from tqdm import tqdm
 
 from diffusion.errors import UserError
 from diffusion.fields.base import Field
+from diffusion.randomness import derive_seed
+from diffusion.samplers.arc import data_std
 from diffusion.samplers.grids import Grid, PowerGrid
+from diffusion.samplers.scores import Joint, Motion, motion
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,44 +36,73 @@ class Model(Protocol):
 
 
 class Counted:
-    """A model that counts how often its velocity is evaluated, a batch counting as one."""
+    """A model that counts how often it is evaluated, a batch counting as one.
+
+    Velocity and score together count as one where the model gives both at once.
+    """
 
     def __init__(self, model: Model):
         self.model, self.field, self.device, self.evaluations = model, model.field, model.device, 0
+        self.data_std = data_std(model)
 
     def velocity(self, x: Tensor, t: Tensor | float, **conditions: Any) -> Tensor:
         self.evaluations += 1
         return self.model.velocity(x, t, **conditions)
 
+    def score(self, x: Tensor, t: Tensor | float, **conditions: Any) -> Tensor:
+        self.evaluations += 1
+        return self.model.score(x, t, **conditions)
+
+    def velocity_and_score(self, x: Tensor, t: Tensor | float, **conditions: Any) -> Motion:
+        self.evaluations += 1 if isinstance(self.model, Joint) else 2
+        return motion(self.model, x, t, **conditions)
+
+
+Randomness = torch.Generator | Sequence[torch.Generator] | None
+
 
 class Sampler(ABC):
-    """From the prior to the data: integrates dx/dt = f_t(x) from T to t_min and ends with the field's endpoint."""
+    """From the prior to the data: moves from T to t_min and ends with the field's endpoint."""
 
     @abstractmethod
-    def integrate(self, velocity: Velocity, x: Tensor, field: Field) -> Tensor:
-        """The state at t_min of the ODE that has state `x` at the horizon."""
-
-    @torch.no_grad()
-    def __call__(self, model: Model, x_T: Tensor, **conditions: Any) -> Tensor:
+    def __call__(self, model: Model, x_T: Tensor, generator: Randomness = None, **conditions: Any) -> Tensor:
         """Data (B, *shape) from prior draws `x_T` (B, *shape), in the dtype of `x_T`.
 
         Args:
-            conditions: passed to ``model.velocity``, such as ``label``.
+            generator: of the random numbers, or one for each sample; for samplers that draw any. None is torch's own.
+            conditions: passed to the model, such as ``label``.
 
         Raises:
             UserError: a state stops being finite; the message names the sample and the time.
         """
 
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            v = model.velocity(x, t.expand(len(x)), **conditions)
-            if not bool(torch.isfinite(v).all()):
-                bad = int((~torch.isfinite(v)).flatten(1).any(1).nonzero()[0])
-                raise UserError(f"velocity of sample {bad} is not finite at t={float(t):.4g}; try more steps")
-            return v
 
-        x = self.integrate(velocity, x_T.to(state_dtype(x_T.device)), model.field)
-        t_min = torch.tensor(model.field.t_min, dtype=x.dtype, device=x.device)
-        return model.field.endpoint(x, t_min, velocity(x, t_min)).to(x_T.dtype)
+def finite(value: Tensor, name: str, t: Tensor | float) -> Tensor:
+    """`value` (B, *shape) itself.
+
+    Raises:
+        UserError: some of it is not finite; the message names the first such sample and the time.
+    """
+    if not bool(torch.isfinite(value).all()):
+        bad = int((~torch.isfinite(value)).flatten(1).any(1).nonzero()[0])
+        t = float(torch.as_tensor(t).expand(len(value))[bad])
+        raise UserError(f"{name} of sample {bad} is not finite at t={t:.4g}; try more steps")
+    return value
+
+
+class ODESampler(Sampler):
+    """Integrates dx/dt = f_t(x); nothing is random but the prior draw."""
+
+    @abstractmethod
+    def solve(self, velocity: Velocity, x: Tensor, model: Model) -> Tensor:
+        """x_0 of the ODE that has state `x` at the horizon; of the model, its field and std are asked for only."""
+
+    @torch.no_grad()
+    def __call__(self, model: Model, x_T: Tensor, generator: Randomness = None, **conditions: Any) -> Tensor:
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return finite(model.velocity(x, t.to(x).expand(len(x)), **conditions), "velocity", t)
+
+        return self.solve(velocity, x_T.to(state_dtype(x_T.device)), model).to(x_T.dtype)
 
 
 def state_dtype(device: torch.device) -> torch.dtype:
@@ -78,8 +111,8 @@ def state_dtype(device: torch.device) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class FixedStep(Sampler):
-    """The loop of all samplers that stop at the times of a grid.
+class FixedStep(ODESampler):
+    """The loop of all ODE samplers that stop at the times of a grid.
 
     Args:
         steps: number of times from T to t_min; the last step, from t_min to the data, is the field's endpoint, so
@@ -99,11 +132,16 @@ class FixedStep(Sampler):
     def step(self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """The state at `t_next` from the state `x` at `t`."""
 
-    def integrate(self, velocity: Velocity, x: Tensor, field: Field) -> Tensor:
-        times = self.grid(field, self.steps).to(x)
+    def solve(self, velocity: Velocity, x: Tensor, model: Model) -> Tensor:
+        times = self.grid(model.field, self.steps)
         for t, t_next in itertools.pairwise(times):
             x = self.step(velocity, x, t, t_next)
-        return x
+        return endpoint(velocity, x, model.field, times[-1])
+
+
+def endpoint(velocity: Velocity, x: Tensor, field: Field, t: Tensor) -> Tensor:
+    """The field's estimate of x_0 from the state at `t`, 0-dimensional or (B,): one evaluation."""
+    return field.endpoint(x, t, velocity(x, t))
 
 
 def generate(
@@ -117,9 +155,10 @@ def generate(
 ) -> Tensor:
     """`size` = (N, *shape) samples, float32 on the CPU.
 
-    Each sample's prior draw is made on the CPU from its own place in the stream of `seed`, so that with a fixed-step
-    sampler sample i is the same whatever the batch size, the number of samples and the device, up to rounding. An
-    adaptive sampler controls the error of the batch as a whole, so there it is the same up to the tolerance.
+    Each sample's prior draw is made on the CPU from its own place in the stream of `seed`, and what a stochastic
+    sampler draws on the way from a stream of its own, so that with a fixed-step sampler sample i is the same whatever
+    the batch size, the number of samples and the device, up to rounding. An adaptive sampler controls the error of the
+    batch as a whole, so there it is the same up to the tolerance.
 
     Args:
         label: (N,) classes, for a conditional model.
@@ -137,6 +176,7 @@ def generate(
             part = slice(start, start + batch_size)
             x = x_T[part].to(device=model.device, dtype=state_dtype(model.device))
             conditions = {} if label is None else {"label": label[part].to(model.device)}
-            done.append(sampler(model, x, **conditions).to(device="cpu", dtype=torch.float32))
+            own = [torch.Generator().manual_seed(derive_seed(seed, "path", start + i)) for i in range(len(x))]
+            done.append(sampler(model, x, own, **conditions).to(device="cpu", dtype=torch.float32))
             bar.update(len(x))
     return torch.cat(done)

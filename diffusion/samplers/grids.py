@@ -1,5 +1,6 @@
 """Time grids: where a fixed-step sampler stops on its way from the horizon to t_min."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.fields.base import Field
+from diffusion.samplers.arc import schedule, solve_times
 
 
 class Grid(ABC):
@@ -39,11 +41,64 @@ class PowerGrid(Grid):
 
 
 @dataclass(frozen=True)
-class LogGrid(Grid):
-    """Even in log t, which for VE, PFGM++ and gravity is even in log-SNR."""
+class LogSNRGrid(Grid):
+    """Even in log(sigma / alpha), half of the negative log-SNR (Lu et al. 2022, arXiv 2206.00927, sec. 3.4).
+
+    Args:
+        largest: noise / signal where the even part begins, for fields that end in pure noise, alpha_T = 0.
+    """
+
+    largest: float = 100.0
 
     def __call__(self, field: Field, points: int) -> Tensor:
-        ends = torch.tensor([field.horizon, field.t_min], dtype=torch.float64).log()
-        times = torch.linspace(*ends.tolist(), points, dtype=torch.float64).exp()
-        times[-1], times[0] = field.t_min, field.horizon
-        return times
+        def clock(t: Tensor) -> Tensor:
+            alpha, sigma, *_ = schedule(field, t)
+            return sigma.log() - alpha.log()
+
+        first, last = clock(torch.tensor([field.horizon, field.t_min], dtype=torch.float64)).tolist()
+        first = min(first, math.log(self.largest)) if math.isinf(first) else first
+        return _between(field, solve_times(field, clock, torch.linspace(first, last, points, dtype=torch.float64)))
+
+
+@dataclass(frozen=True)
+class BandGrid(Grid):
+    """Even in log((s + low) / (s + high)) with s = sigma / alpha, so that both ends, s = 0 and infinity, are regular.
+
+    Field lines bend where the noise is as large as some structure of the data, from `low`, the size of the finest, to
+    `high`, the distance between the coarsest. There the grid is even in log s; beyond either end it soon thins out.
+
+    Args:
+        low, high: in units of the data, 0 < low < high.
+        shares: of the way from T to t_min in this clock, rising from 0 to 1, one for each point. None is even shares.
+    """
+
+    low: float
+    high: float
+    shares: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        if not 0 < self.low < self.high:
+            raise UserError(f"BandGrid has low={self.low} and high={self.high}, expected 0 < low < high")
+
+    def __call__(self, field: Field, points: int) -> Tensor:
+        return self.rows(field, points, torch.ones(1, 1, dtype=torch.float64))[0]
+
+    def rows(self, field: Field, points: int, noise: Tensor) -> Tensor:
+        """Times (rows, points) for samples whose noise is sigma times `noise` (rows, 1)."""
+        even = torch.linspace(0, 1, points, dtype=torch.float64)
+        shares = even if self.shares is None else torch.tensor(self.shares, dtype=torch.float64)
+        if len(shares) != points:
+            raise UserError(f"the grid has {len(shares)} shares, expected {points}, one for each of its points")
+        ends = self.clock(field, torch.tensor([[field.horizon, field.t_min]], dtype=torch.float64), noise)
+        values = torch.lerp(ends[:, :1], ends[:, 1:], shares)
+        return _between(field, solve_times(field, lambda t: self.clock(field, t, noise), values))
+
+    def clock(self, field: Field, t: Tensor, noise: Tensor) -> Tensor:
+        """(rows, n) at times `t` (rows, n), rising."""
+        alpha, sigma, *_ = schedule(field, t)
+        return ((noise * sigma + self.low * alpha) / (noise * sigma + self.high * alpha)).log()
+
+
+def _between(field: Field, times: Tensor) -> Tensor:
+    times[..., 0], times[..., -1] = field.horizon, field.t_min
+    return times

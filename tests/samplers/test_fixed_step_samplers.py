@@ -10,7 +10,7 @@ from problems import mixture
 from reference import BUILD, error, solved
 from scipy import stats
 
-from diffusion.samplers import Counted, Euler, Grid, Heun, LogGrid, PowerGrid
+from diffusion.samplers import Counted, Euler, Grid, Heun, LogSNRGrid, PowerGrid
 
 FIXED_STEP = {Euler: lambda steps: steps, Heun: lambda steps: 2 * steps - 1}  # evaluations in all
 
@@ -40,7 +40,7 @@ def test_order_of_convergence(sampler, name):
 
 @every_sampler
 @pytest.mark.parametrize("name", ["variance_exploding", "linear"])
-@pytest.mark.parametrize("grid", [PowerGrid(3.0), LogGrid(), SineGrid()], ids=["power", "log", "own"])
+@pytest.mark.parametrize("grid", [PowerGrid(3.0), LogSNRGrid(), SineGrid()], ids=["power", "log", "own"])
 def test_order_of_convergence_on_other_grids(sampler, name, grid):
     assert slope(sampler, solved(name), grid, (64, 128, 256)) == pytest.approx(sampler.order, abs=0.15)
 
@@ -60,47 +60,49 @@ def test_evaluations_are_those_stated(sampler, steps):
     assert model.evaluations == FIXED_STEP[sampler](steps)
 
 
+class Watched:
+    """A model that remembers what it was asked, and what it said."""
+
+    def __init__(self, problem):
+        self.model, self.field, self.asked, self.answers = problem.model, problem.model.field, [], []
+
+    def velocity(self, x, t):
+        self.asked.append((x, t))
+        self.answers.append(self.model.velocity(x, t))
+        return self.answers[-1]
+
+
 @every_sampler
 def test_a_sampler_ends_with_the_denoised_mean_at_t_min(sampler):
-    model, x_T, _ = solved("gravity")
-    t_min = model.field.t_min
-    x = sampler(20).integrate(model.velocity, x_T, model.field)
-    torch.testing.assert_close(sampler(20)(model, x_T), model.denoised(x, t_min), rtol=1e-9, atol=1e-9)
+    problem = solved("gravity")
+    model = Watched(problem)
+    x_0 = sampler(20)(model, problem.x_T)
+    x, t = model.asked[-1]
+    assert (t == model.field.t_min).all()
+    torch.testing.assert_close(x_0, problem.model.denoised(x, t), rtol=1e-9, atol=1e-9)
 
 
 @every_sampler
 def test_times_of_evaluation_are_those_of_the_grid(sampler):
-    problem, seen = solved("linear"), []
-
-    def velocity(x, t):
-        seen.append(float(t))
-        return problem.model.velocity(x, t)
-
-    sampler(9, LogGrid()).integrate(velocity, problem.x_T, problem.model.field)
-    assert [t for t, _ in itertools.groupby(seen)][: 9 - (sampler.order == 1)] == pytest.approx(
-        LogGrid()(problem.model.field, 9)[: 9 - (sampler.order == 1)].tolist()
-    )
+    problem = solved("linear")
+    model = Watched(problem)
+    sampler(9, LogSNRGrid())(model, problem.x_T)
+    seen = [t for t, _ in itertools.groupby(float(t[0]) for _, t in model.asked)]
+    assert seen == pytest.approx(LogSNRGrid()(problem.model.field, 9).tolist())
 
 
 @every_sampler
 def test_states_are_double_precision_whatever_the_prior_draw(sampler):
-    problem, seen = solved("variance_exploding"), []
-
-    class Watched:
-        field = problem.model.field
-
-        def velocity(self, x, t):
-            seen.append((x.dtype, t.dtype))
-            return problem.model.velocity(x, t)
-
-    assert sampler(5)(Watched(), problem.x_T.float()).dtype == torch.float32
-    assert set(seen) == {(torch.float64, torch.float64)}
+    problem = solved("variance_exploding")
+    model = Watched(problem)
+    assert sampler(5)(model, problem.x_T.float()).dtype == torch.float32
+    assert {(x.dtype, t.dtype) for x, t in model.asked} == {(torch.float64, torch.float64)}
 
 
 @pytest.mark.parametrize("name", BUILD)
 def test_samples_are_distributed_as_the_data(name):
     """From the prior through the exact velocity: the modes and the law of a projection."""
-    data, number = mixture(BUILD[name]()), 1000
+    data, number = mixture(BUILD[name](2)), 1000
     prior = data.field.sample_prior((number, 2), torch.Generator().manual_seed(0), dtype=torch.float64)
     x = torch.cat([Heun(24)(data, part) for part in prior.split(50)])
     mode = torch.cdist(x, data.means).argmin(1)

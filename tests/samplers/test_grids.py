@@ -5,9 +5,9 @@ import torch
 from problems import FIELDS, names
 
 from diffusion.fields import variance_exploding
-from diffusion.samplers import LogGrid, PowerGrid
+from diffusion.samplers import LogSNRGrid, PowerGrid
 
-GRIDS = [PowerGrid(), PowerGrid(1.0), PowerGrid(7.0), PowerGrid(0.5), LogGrid()]
+GRIDS = [PowerGrid(), PowerGrid(1.0), PowerGrid(7.0), PowerGrid(0.5), LogSNRGrid()]
 
 
 @pytest.mark.parametrize("case", **names(FIELDS))
@@ -34,7 +34,7 @@ def test_power_grid_is_that_of_edm():
 
 
 def test_log_grid_has_a_constant_ratio():
-    times = LogGrid()(variance_exploding(), 11)
+    times = LogSNRGrid()(variance_exploding(), 11)
     torch.testing.assert_close(times[1:] / times[:-1], torch.full((10,), (0.002 / 80) ** 0.1, dtype=torch.float64))
 
 

@@ -1,0 +1,127 @@
+"""Linear multistep methods on the arc: one evaluation a step, whatever the order."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion.errors import UserError
+from diffusion.samplers.arc import Arc, column
+from diffusion.samplers.base import Model, Velocity
+from diffusion.samplers.on_arc import FINEST, SCALE, OnArc
+
+
+def integral_weights(nodes: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    """w (rows, k) with sum_j w_j f(node_j) = integral of f from start to stop, for polynomials f of degree below k.
+
+    Args:
+        nodes: (rows, k).
+        start, stop: (rows, 1).
+    """
+    width, powers = stop - start, torch.arange(nodes.shape[1], dtype=torch.float64)[:, None]
+    places = ((nodes - start) / width)[:, None]
+    return width * torch.linalg.solve(places**powers, (1 / (powers + 1)).expand(len(nodes), -1, -1))[:, :, 0]
+
+
+@dataclass(frozen=True)
+class Multistep(OnArc):
+    """Adams' methods for the slope on the arc (see diffusion.samplers.arc): `steps` evaluations in all.
+
+    The slopes of the last `order` evaluations are extended as a polynomial in the angle and integrated exactly, which
+    makes these exponential integrators for x, as DEIS (Zhang & Chen 2023, arXiv 2204.13902) and DPM-Solver++ (Lu et
+    al. 2022, arXiv 2211.01095) are: Gaussian data of the arc's scale are solved exactly in any number of steps. With
+    the corrector each step is made again once the slope at its end is known, without another evaluation, and the
+    order is one higher (UniPC, Zhao et al. 2023, arXiv 2302.04867). Weights are computed from the places on the arc, so
+    any grid will do. The last step leads to t = 0, where the arc is regular. Only where the noise of a sample hides the
+    data at t_min still (heavy tails) is it the field's estimate from an evaluation at t_min.
+
+    The first steps know fewer slopes. Where there are many steps, or no corrector, their states are made again from the
+    horizon on with all slopes known so far, so that they do not limit the order.
+
+    Args:
+        steps: evaluations. The grid has one time more; the last of them, t_min, is not evaluated.
+        order: 1 to 4, slopes that a step is extended from. None is 2 up to 12 steps, 3 up to 24, 4 beyond.
+        corrector: make each step again.
+    """
+
+    steps: int = 10
+    order: int | None = None
+    corrector: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.steps < 1:
+            raise UserError(f"sampler has steps={self.steps}, expected at least 1")
+        if self.order not in (None, 1, 2, 3, 4):
+            raise UserError(f"sampler has order={self.order}, expected 1, 2, 3 or 4, or null")
+
+    def solve(self, velocity: Velocity, x: Tensor, model: Model) -> Tensor:
+        arc = self.arc(model, x)
+        return self.along(arc, self.evaluations(arc, self.times(model, x, self.steps + 1)), velocity, x)
+
+    def evaluations(self, arc: Arc, grid: Tensor) -> Tensor:
+        """Where to evaluate, (rows, steps): at all times but the last of a grid (rows, steps + 1) from T to t_min.
+
+        Samples whose noise still hides the data at t_min are evaluated there, and a little earlier everywhere else.
+        """
+        times, last = grid[:, :-1], torch.tensor([[arc.field.t_min]], dtype=torch.float64)
+        hidden = arc.at(last).noise_to_signal > arc.scale * (FINEST / SCALE)
+        if self.steps == 1 or not bool(hidden.any()):
+            return times
+        places = torch.linspace(0, self.steps, self.steps, dtype=torch.float64)
+        before = places.long().clamp_max(self.steps - 1)
+        earlier = torch.lerp(grid[:, before].log(), grid[:, before + 1].log(), places - before).exp()
+        earlier = torch.cat([grid[:, :1], earlier[:, 1:-1], grid[:, -1:]], 1)  # the ends exactly
+        return torch.where(hidden, earlier, times)
+
+    def along(self, arc: Arc, times: Tensor, velocity: Velocity, x: Tensor) -> Tensor:
+        """x_0 (B, *shape) from `x` at the first of the `times` (rows, steps), where it is evaluated.
+
+        Differentiable in the times, the scale of the arc and `x`, where the velocity is.
+        """
+        at = arc.at(times)
+        moves = [[move.to(x) for move in step] for step in self._moves(at.angle)]
+        at, ends, slopes = at.to(x), times.to(x), []
+        first = state = corrected = x / column(at.radius, 0, x)
+        for n, (again, onward) in enumerate(moves):
+            x = state * column(at.radius, n, x)
+            v = velocity(x, ends[:, n])
+            slopes = [*slopes, (v - column(at.drift, n, x) * x) / column(at.speed, n, x)]
+            if again.shape[1] > 0:
+                state = (first if self._refines(n) else corrected) + _sum(again, slopes)
+            corrected = state
+            state = corrected + _sum(onward, slopes)
+        estimate = arc.field.endpoint(x, ends[:, -1].expand(len(x)), v)
+        return torch.where(column(times, -1, x).to(x.device) > arc.field.t_min, state * arc.scale, estimate)
+
+    def _slopes(self) -> int:
+        """How many a step is extended from."""
+        return self.order or (2 if self.steps <= 12 else 3 if self.steps < 25 else 4)
+
+    def _refines(self, n: int) -> bool:
+        """Whether the n-th state is made again from the horizon on."""
+        return 1 <= n < self._slopes() and (not self.corrector or self.steps >= 5 * self._slopes())
+
+    def _moves(self, angles: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Weights (rows, k) of the last k slopes, for each step: in the move up to its place, and in that to the next.
+
+        The first has k = 0 where that move is not made again.
+        """
+        ends, moves = torch.cat([angles, torch.zeros_like(angles[:, :1])], 1), []
+        for n in range(self.steps):
+            start, oldest = n, n + 1
+            if self._refines(n):
+                start, oldest = 0, 0
+            elif self.corrector and n > 0:
+                start, oldest = n - 1, max(0, n - self._slopes())
+            spans = ((oldest, start, n), (max(0, n + 1 - self._slopes()), n, n + 1))
+            moves.append(
+                tuple(integral_weights(ends[:, a : n + 1], ends[:, b : b + 1], ends[:, c : c + 1]) for a, b, c in spans)
+            )
+        return moves
+
+
+def _sum(weights: Tensor, slopes: list[Tensor]) -> Tensor:
+    """The sum of the last slopes, with weights (rows, k)."""
+    k = weights.shape[1]
+    return sum(column(weights, j, slopes[0]) * value for j, value in enumerate(slopes[-k:]))
