@@ -20,7 +20,7 @@ def main(config: DictConfig) -> None:
     expect(config, seed=int, num_samples=int, batch_size=int, compile=bool, inception=bool, likelihood=int)
     generator = load(config)
     splits = checkpoint_data(config, generator)
-    if not 0 <= config.likelihood <= len(splits.test):
+    if config.likelihood is None or not 0 <= config.likelihood <= len(splits.test):
         raise UserError(f"likelihood is {config.likelihood}, expected from 0 to {len(splits.test)} test points")
     features = InceptionFeatures() if config.inception else default_features(splits)
     label = torch.arange(config.num_samples) % generator.num_classes if generator.num_classes else None
@@ -51,8 +51,8 @@ def likelihoods(generator: Generator, splits: Splits, number: int, seed: int, ba
     found = likelihood(generator, x, generator=randomness, **options, **conditions)
 
     def mean(values: torch.Tensor, name: str) -> dict[str, float]:
-        error = values.std() / number**0.5 if number > 1 else values.new_tensor(float("nan"))
-        return {name: float(values.mean()), f"{name}_standard_error": float(error)}
+        error = {f"{name}_standard_error": float(values.std() / number**0.5)} if number > 1 else {}
+        return {name: float(values.mean()), **error}
 
     figures = {"points": number, **mean(found.nats, "nats"), "nats_numerical_error": float(found.error.mean())}
     if splits.test.is_image:

@@ -42,7 +42,7 @@ def main(config: DictConfig) -> None:
     splits = build(config.data)
     _fill_in(config, splits)
     field = build(config.field)
-    config.heads = 2 if learns_score(field, splits.train.shape) else 1
+    config.heads = 2 if learns_score(field) else 1
     if config.validate and is_main and not resume:
         _refuse_wrong(field, splits)
     torch.manual_seed(derive_seed(config.seed, "network"))
@@ -57,6 +57,9 @@ def main(config: DictConfig) -> None:
     def samples(model: Generator, number: int, progress: bool = False) -> torch.Tensor:
         label = torch.arange(number) % config.num_classes if config.num_classes else None
         return model.sample(number, sampler, config.seed, label, config.batch_size, progress)
+
+    samples(generator.eval(), 1)  # a sampler that does not suit the field says so now
+    generator.train()
 
     def draw_grid(step: int, model: Generator) -> None:
         run.image(step, save_picture(samples(model, GRID_SAMPLES), folder / f"samples_{step:07d}.png"))

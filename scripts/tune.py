@@ -1,22 +1,32 @@
 """Tune the sampler to a checkpoint: python scripts/tune.py checkpoint=outputs/.../checkpoints/last nfe=8"""
 
+import contextlib
+import os
+
 import torch
 from cli import command, expect, run_folder
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion import Generator, devices
+from diffusion import Generator, UserError, devices
 from diffusion.samplers import store_tuned, tune
+from diffusion.samplers.base import state_dtype
 
 
 @command("tune")
 def main(config: DictConfig) -> None:
     expect(config, nfe=int, trajectories=int, iterations=int, seed=int)
+    missing = [name for name in ("nfe", "trajectories", "iterations", "seed") if config[name] is None]
+    if missing:
+        raise UserError(f"{missing[0]} is null, expected a number")
     generator = Generator.load(config.checkpoint, devices.pick(config.device), config.trust)
+    if not os.access(config.checkpoint, os.W_OK):
+        raise UserError(f"checkpoint {config.checkpoint} cannot be written to, and what is found is kept there")
 
     def draw(number: int, randomness: torch.Generator) -> tuple[Tensor, dict]:
         x_T = generator.field.sample_prior((number, *generator.shape), randomness, dtype=torch.float64)
+        x_T = x_T.to(generator.device, state_dtype(generator.device))
         if not generator.num_classes:
             return x_T, {}
         return x_T, {"label": (torch.arange(number) % generator.num_classes).to(generator.device)}
@@ -28,12 +38,11 @@ def main(config: DictConfig) -> None:
             bar.set_postfix(error=f"{error:.2e}")
 
         found = tune(generator, draw, config.nfe, config.trajectories, config.iterations, config.seed, show)
-    run_folder().rmdir()  # all that is left is in the checkpoint
     path = store_tuned(config.checkpoint, found)
-    print(
-        f"{config.nfe} evaluations, order {found.sampler.order}: median error on fresh draws {found.error:.3g}", end=""
-    )
-    print(f", {found.default_error:.3g} untuned: {path}; use it with sampler=tuned sampler.nfe={config.nfe}")
+    with contextlib.suppress(OSError):
+        run_folder().rmdir()  # all that is left is in the checkpoint
+    print(f"{config.nfe} evaluations: median error on fresh draws {found.error:.3g}, untuned {found.default_error:.3g}")
+    print(f"{path}; use it with sampler=tuned sampler.nfe={config.nfe}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Adaptive integration by torchdiffeq."""
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from diffusion.errors import UserError
 from diffusion.samplers.arc import Arc, column, data_std, noise_scales, times_of_noise
-from diffusion.samplers.base import Model, ODESampler, Velocity, endpoint
+from diffusion.samplers.base import Model, ODESampler, Velocity, endpoint, whole
 
 # All of torchdiffeq's but scipy's, which has options of its own, and explicit_adams, which diverges on these ODEs.
 METHODS = sorted(SOLVERS.keys() - {"scipy_solver", "explicit_adams", "fixed_adams"})
@@ -68,8 +69,8 @@ class Adaptive(ODESampler):
         method: of torchdiffeq, such as dopri5, dopri8, bosh3, rk4.
         rtol, atol: tolerances of one step, relative and absolute, of x / radius.
         steps: for torchdiffeq's fixed-step methods.
-        max_evaluations: when these are spent, the field's estimate of the data from where the solver is is returned,
-            with a warning.
+        max_evaluations: of methods with error control. When these are spent, the field's estimate of the data from
+            where the solver is is returned, with a warning.
         std: as for Multistep.
     """
 
@@ -83,8 +84,12 @@ class Adaptive(ODESampler):
     def __post_init__(self):
         if self.method not in METHODS:
             raise UserError(f"method is {self.method!r}, expected one of torchdiffeq's: {', '.join(METHODS)}")
-        if self.max_evaluations < 2:
-            raise UserError(f"sampler has max_evaluations={self.max_evaluations}, expected at least 2")
+        if not (math.isfinite(self.rtol + self.atol) and min(self.rtol, self.atol) >= 0 < max(self.rtol, self.atol)):
+            raise UserError(f"sampler has rtol={self.rtol} and atol={self.atol}, expected positive numbers")
+        if self.std is not None and not self.std > 0:
+            raise UserError(f"sampler has std={self.std}, expected a positive number, or null")
+        whole(self.steps, "steps", 1)
+        whole(self.max_evaluations, "max_evaluations", 4)
 
     def solve(self, velocity: Velocity, x: Tensor, model: Model) -> Tensor:
         field, std = model.field, self.std or data_std(model)
@@ -100,7 +105,7 @@ class Adaptive(ODESampler):
 
         kind, options = SOLVERS[self.method], None
         if issubclass(kind, FixedGridODESolver):
-            options = {"grid_constructor": even_steps}
+            options, slope.left = {"grid_constructor": even_steps}, math.inf
         elif issubclass(kind, RKAdaptiveStepsizeODESolver):
             options = {"step_t": span[1:]}  # the last step ends there; otherwise it goes beyond
         state = x / column(arc.at(slope.times(span[0])).radius, 0, x)

@@ -23,6 +23,7 @@ sigma = t/T; the velocity alone enters, so that nothing is lost but some smoothn
 Shapes: times are (rows, n), with a row for each sample, or one for all.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -44,7 +45,8 @@ class Measured(Protocol):
 
 def data_std(model) -> float:
     """Standard deviation per coordinate of the data of a model, or the usual one where it does not tell."""
-    return float(model.data_std) if isinstance(model, Measured) else USUAL_STD
+    std = float(model.data_std) if isinstance(model, Measured) else USUAL_STD
+    return std if 0 < std < math.inf else USUAL_STD  # data that do not vary have none
 
 
 def schedule(field: Field, t: Tensor) -> Schedule:
@@ -86,7 +88,7 @@ def noise_scales(field: Field, x: Tensor) -> Tensor:
         return torch.ones(1, 1, dtype=torch.float64)
     D, d = field.base.dof, x[0].numel()
     sigma = field.sigma(torch.tensor(field.horizon, dtype=torch.float64))
-    squared = x.flatten(1).double().cpu().square().sum(1, keepdim=True) / sigma.square()
+    squared = x.flatten(1).cpu().double().square().sum(1, keepdim=True) / sigma.square()
     return ((D + squared) / (D + d)).sqrt()
 
 

@@ -42,8 +42,11 @@ class Counted:
     """
 
     def __init__(self, model: Model):
-        self.model, self.field, self.device, self.evaluations = model, model.field, model.device, 0
-        self.data_std = data_std(model)
+        self.model, self.field, self.data_std, self.evaluations = model, model.field, data_std(model), 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     def velocity(self, x: Tensor, t: Tensor | float, **conditions: Any) -> Tensor:
         self.evaluations += 1
@@ -62,7 +65,7 @@ Randomness = torch.Generator | Sequence[torch.Generator] | None
 
 
 class Sampler(ABC):
-    """From the prior to the data: moves from T to t_min and ends with the field's endpoint."""
+    """From the prior at T to the data; most go to t_min and end with the field's estimate from there."""
 
     @abstractmethod
     def __call__(self, model: Model, x_T: Tensor, generator: Randomness = None, **conditions: Any) -> Tensor:
@@ -105,6 +108,16 @@ class ODESampler(Sampler):
         return self.solve(velocity, x_T.to(state_dtype(x_T.device)), model).to(x_T.dtype)
 
 
+def whole(value: int, name: str, least: int) -> None:
+    """Check an option that is a whole number.
+
+    Raises:
+        UserError: it is not, or less than the least.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"sampler has {name}={value!r}, expected a whole number, at least {least}")
+
+
 def state_dtype(device: torch.device) -> torch.dtype:
     """float64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -125,8 +138,7 @@ class FixedStep(ODESampler):
     order = 0  # global order of convergence, declared by each method
 
     def __post_init__(self):
-        if self.steps < 2:
-            raise UserError(f"sampler has steps={self.steps}, expected at least 2")
+        whole(self.steps, "steps", 2)
 
     @abstractmethod
     def step(self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
@@ -168,13 +180,12 @@ def generate(
     if number < 1 or batch_size < 1:
         raise UserError(f"cannot draw {number} samples in batches of {batch_size}; expected positive numbers")
     randomness = torch.Generator().manual_seed(seed)
-    one = (1, *size[1:])
-    x_T = torch.cat([model.field.sample_prior(one, randomness, dtype=torch.float64) for _ in range(number)])
-    done = []
+    one, done = (1, *size[1:]), []
     with tqdm(total=number, unit="samples", disable=not progress, leave=False) as bar:
         for start in range(0, number, batch_size):
-            part = slice(start, start + batch_size)
-            x = x_T[part].to(device=model.device, dtype=state_dtype(model.device))
+            part = slice(start, min(start + batch_size, number))
+            draws = [model.field.sample_prior(one, randomness, dtype=torch.float64) for _ in range(number)[part]]
+            x = torch.cat(draws).to(device=model.device, dtype=state_dtype(model.device))
             conditions = {} if label is None else {"label": label[part].to(model.device)}
             own = [torch.Generator().manual_seed(derive_seed(seed, "path", start + i)) for i in range(len(x))]
             done.append(sampler(model, x, own, **conditions).to(device="cpu", dtype=torch.float32))

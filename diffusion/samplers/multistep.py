@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.samplers.arc import Arc, column
-from diffusion.samplers.base import Model, Velocity
+from diffusion.samplers.base import Model, Velocity, whole
 from diffusion.samplers.on_arc import FINEST, SCALE, OnArc
 
 
@@ -42,16 +42,20 @@ class Multistep(OnArc):
         steps: evaluations. The grid has one time more; the last of them, t_min, is not evaluated.
         order: 1 to 4, slopes that a step is extended from. None is 2 up to 12 steps, 3 up to 24, 4 beyond.
         corrector: make each step again.
+        denoise: end with the field's estimate from an evaluation at t_min, for every sample. Right where the data have
+            no density, and for images of few grey levels; where they have one, steps are better spent earlier.
     """
 
     steps: int = 10
     order: int | None = None
     corrector: bool = True
+    denoise: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steps < 1:
-            raise UserError(f"sampler has steps={self.steps}, expected at least 1")
+        whole(self.steps, "steps", 1)
+        if self.order is not None:
+            whole(self.order, "order", 1)
         if self.order not in (None, 1, 2, 3, 4):
             raise UserError(f"sampler has order={self.order}, expected 1, 2, 3 or 4, or null")
 
@@ -65,7 +69,7 @@ class Multistep(OnArc):
         Samples whose noise still hides the data at t_min are evaluated there, and a little earlier everywhere else.
         """
         times, last = grid[:, :-1], torch.tensor([[arc.field.t_min]], dtype=torch.float64)
-        hidden = arc.at(last).noise_to_signal > arc.scale * (FINEST / SCALE)
+        hidden = (arc.at(last).noise_to_signal > arc.scale * (FINEST / SCALE)) | self.denoise
         if self.steps == 1 or not bool(hidden.any()):
             return times
         places = torch.linspace(0, self.steps, self.steps, dtype=torch.float64)
@@ -92,7 +96,8 @@ class Multistep(OnArc):
             corrected = state
             state = corrected + _sum(onward, slopes)
         estimate = arc.field.endpoint(x, ends[:, -1].expand(len(x)), v)
-        return torch.where(column(times, -1, x).to(x.device) > arc.field.t_min, state * arc.scale, estimate)
+        continued = (column(times, -1, x) > arc.field.t_min).to(x.device)
+        return torch.where(continued, state * arc.scale, estimate)
 
     def _slopes(self) -> int:
         """How many a step is extended from."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.samplers.arc import column, slope
-from diffusion.samplers.base import Model, Velocity, endpoint
+from diffusion.samplers.base import Model, Velocity, endpoint, whole
 from diffusion.samplers.on_arc import OnArc
 
 
@@ -46,8 +46,8 @@ class RungeKutta(OnArc):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steps < 2:
-            raise UserError(f"sampler has steps={self.steps}, expected at least 2")
+        whole(self.steps, "steps", 2)
+        whole(self.order, "order", 1)
         if self.order not in TABLEAUS:
             raise UserError(f"sampler has order={self.order}, expected 1, 2, 3 or 4")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.fields import AffineField, Field
-from diffusion.samplers.base import Model, Randomness, Sampler, finite, state_dtype
+from diffusion.samplers.base import Model, Randomness, Sampler, finite, state_dtype, whole
 from diffusion.samplers.frames import AffineFrame, Frame, Noise, PlainFrame
 from diffusion.samplers.grids import Grid, PowerGrid
 from diffusion.samplers.scores import gaussian
@@ -72,8 +72,7 @@ class StochasticSampler(Sampler):
     order = 0  # weak order of convergence: of means of smooth functions
 
     def __post_init__(self):
-        if self.steps < 2:
-            raise UserError(f"sampler has steps={self.steps}, expected at least 2")
+        whole(self.steps, "steps", 2)
 
     @abstractmethod
     def integrate(self, frame: Frame, x: Tensor, times: Tensor, draws: Draws) -> Tensor:
@@ -161,8 +160,7 @@ class PredictorCorrector(SDESampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.corrections < 1:
-            raise UserError(f"sampler has corrections={self.corrections}, expected at least 1")
+        whole(self.corrections, "corrections", 1)
 
     def step(self, frame, x, t, t_next, renewal, draws):
         x = frame.step(t, t_next, 0.0)(x, frame.pair(x, t, 0.0), 0.0)
@@ -229,13 +227,19 @@ class Churn(StochasticSampler):
         super().__post_init__()
         if not 0 <= self.churn < math.inf:
             raise UserError(f"churn is {self.churn}, expected a number of 0 or more")
+        levels = (self.lowest, self.highest, self.inflate)
+        if not (all(isinstance(level, int | float) for level in levels) and 0 <= self.lowest < self.highest):
+            raise UserError(
+                f"churn has lowest={self.lowest}, highest={self.highest} and inflate={self.inflate}, expected numbers "
+                "with 0 <= lowest < highest"
+            )
 
     def integrate(self, frame, x, times, draws):
         field = frame.model.field
         if not isinstance(field, AffineField):
             raise UserError(
                 f"churn needs an affine field, and this is {type(field).__name__}: no noise is known that raises its "
-                "level and keeps its marginals; take Stochastic, or PredictorCorrector"
+                "level and keeps its marginals; take Stochastic where the model has a score, or a sampler of the ODE"
             )
         log_level = field.log_noise_to_signal(times)
         gain = math.log1p(min(self.churn / self.steps, math.sqrt(2) - 1))

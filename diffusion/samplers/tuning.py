@@ -83,7 +83,7 @@ class _Problem:
     """Prior draws and where the ODE leads from them."""
 
     def __init__(self, model: Model, x_T: Tensor, conditions: dict):
-        self.model, self.x_T, self.conditions = model, x_T.to(model.device, state_dtype(model.device)), conditions
+        self.model, self.x_T, self.conditions = model, x_T.to(state_dtype(x_T.device)), conditions
         self.x_0 = REFERENCE(model, self.x_T, **conditions)
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:

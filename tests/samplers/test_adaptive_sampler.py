@@ -80,6 +80,24 @@ def test_unknown_method_lists_the_known(user_error):
         Adaptive(method="dopri6")
 
 
-def test_too_few_evaluations_are_refused(user_error):
-    with user_error("max_evaluations=1", "at least 2"):
-        Adaptive(max_evaluations=1)
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"max_evaluations": 3}, ("max_evaluations=3", "at least 4")),
+        ({"rtol": -1.0}, ("rtol=-1.0", "positive")),
+        ({"rtol": 0.0, "atol": 0.0}, ("atol=0.0", "positive")),
+        ({"atol": float("nan")}, ("atol=nan", "positive")),
+        ({"std": -1.0}, ("std=-1.0", "positive")),
+        ({"method": "rk4", "steps": 0}, ("steps=0", "at least 1")),
+    ],
+    ids=["evaluations", "negative tolerance", "no tolerance", "nan", "std", "steps"],
+)
+def test_impossible_options_are_refused(options, parts, user_error):
+    with user_error(*parts):
+        Adaptive(**options)
+
+
+def test_the_fewest_evaluations_end_in_a_warning():
+    problem = solved("linear")
+    with pytest.warns(UserWarning, match="after 3 of 4 evaluations"):
+        assert Adaptive(max_evaluations=4)(problem.model, problem.x_T).isfinite().all()

@@ -8,7 +8,7 @@ import torch
 from problems import FIELDS, GaussianMixture, PointMasses, names
 from reference import error, solved
 
-from diffusion.fields import gravity, linear, variance_exploding, variance_preserving
+from diffusion.fields import EmpiricalField, gravity, linear, variance_exploding, variance_preserving
 from diffusion.samplers import Adaptive, BandGrid, Counted, LogSNRGrid, Multistep, PowerGrid, RungeKutta
 from diffusion.samplers.arc import Arc, noise_scales, solve_times, times_of_noise
 from diffusion.samplers.multistep import integral_weights
@@ -234,16 +234,29 @@ def test_the_models_own_std_is_taken():
     ("make", "parts"),
     [
         (lambda: Multistep(0), ("steps=0", "at least 1")),
+        (lambda: Multistep(2.5), ("steps=2.5", "whole number")),
+        (lambda: Multistep(5, True), ("order=True", "whole number")),
         (lambda: Multistep(5, 5), ("order=5", "1, 2, 3 or 4")),
         (lambda: Multistep(5, std=-1.0), ("std=-1.0", "positive")),
         (lambda: RungeKutta(1), ("steps=1", "at least 2")),
         (lambda: RungeKutta(5, 7), ("order=7", "1, 2, 3 or 4")),
     ],
-    ids=["steps", "order", "std", "single steps", "single-step order"],
+    ids=["steps", "half a step", "no order", "order", "std", "single steps", "single-step order"],
 )
 def test_impossible_options_are_refused(make, parts, user_error):
     with user_error(*parts):
         make()
+
+
+def test_data_that_do_not_vary_are_found():
+    model = EmpiricalField(linear(2), torch.full((1, 2), 0.7, dtype=torch.float64))
+    x_T = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(Multistep(10)(model, x_T), model.data.expand(4, 2), rtol=0, atol=0.01)
+
+
+def test_the_estimate_at_t_min_ends_where_it_is_asked_for():
+    problem = solved("variance_preserving")
+    assert error(Multistep(40, denoise=True), problem) < 1e-5 < error(Multistep(40), problem)
 
 
 def test_one_evaluation_is_enough_for_an_answer():

@@ -6,7 +6,7 @@ from problems import mixture
 
 from diffusion.fields import gravity, linear
 from diffusion.samplers import BandGrid, Counted, Multistep, Tuned, store_tuned, tune, tuned_sampler
-from diffusion.samplers.tuning import _Descent, _Problem
+from diffusion.samplers.tuning import REFERENCE, _Descent, _Problem
 
 
 def draws(model):
@@ -49,11 +49,38 @@ def test_tuning_is_the_same_for_the_same_seed(found):
     assert again == tuned
 
 
+def test_fresh_draws_judge():
+    """Four times as many as were tuned on, and others."""
+    model, asked = mixture(linear(2)), []
+
+    def draw(number, generator):
+        asked.append((number, draws(model)(number, generator)[0]))
+        return asked[-1][1], {}
+
+    tuned = tune(model, draw, 4, trajectories=5, iterations=8)
+    assert [number for number, _ in asked] == [5, 20]
+    fresh = asked[1][1]
+    away = tuned.sampler(model, fresh) - REFERENCE(model, fresh)
+    assert tuned.error == pytest.approx(float(away.square().mean(1).sqrt().median()))
+
+
 def test_the_default_is_kept_where_nothing_better_is_found(monkeypatch):
     model = mixture(linear(2))
-    monkeypatch.setattr(_Descent, "RATE", 0.0)
+    worse = Multistep(5, 1, corrector=False, grid=BandGrid(0.01, 50.0, (0.0, 0.1, 0.15, 0.2, 0.25, 1.0)))
+
+    def step(descent):
+        descent.best, descent.least = worse, 0.0
+        return 1.0
+
+    monkeypatch.setattr(_Descent, "step", step)
     tuned = tune(model, draws(model), 5, trajectories=4, iterations=3)
-    assert tuned.error <= tuned.default_error
+    assert tuned.sampler == Multistep(5)
+    assert tuned.error == tuned.default_error
+
+
+def test_high_orders_win_where_there_are_many_evaluations():
+    model = mixture(linear(2))
+    assert tune(model, draws(model), 24, trajectories=6, iterations=5).sampler.order in (3, 4)
 
 
 @pytest.mark.parametrize("build", [linear, gravity], ids=["linear", "gravity"])
