@@ -16,7 +16,7 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationKeyError, OmegaConfBaseException
 
 from diffusion import Generator, UserError, checkpoints, devices, specs
 from diffusion.data import Splits
@@ -85,6 +85,8 @@ def _one_line(error: BaseException) -> str:
         return f"{error.full_key} is missing; give {error.full_key}=... on the command line"
     if isinstance(error, torch.OutOfMemoryError):
         return "the device is out of memory; try a smaller batch_size, or a larger trainer.accumulate"
+    if isinstance(error, InterpolationKeyError) and error.full_key == "sampler.checkpoint":
+        return "sampler=tuned is for a checkpoint that scripts/tune.py has tuned; expected another sampler here"
     cause = error.__cause__
     if isinstance(error, ConfigCompositionException) and isinstance(cause, ConfigKeyError | ConfigAttributeError):
         known = ", ".join(map(str, cause.parent_node)) if cause.parent_node is not None else "see --help"

@@ -3,7 +3,7 @@
 from diffusion.samplers.adaptive import Adaptive
 from diffusion.samplers.base import Counted, FixedStep, Model, ODESampler, Sampler, generate
 from diffusion.samplers.euler import Euler
-from diffusion.samplers.grids import BandGrid, Grid, LogSNRGrid, PowerGrid
+from diffusion.samplers.grids import BandGrid, Grid, LogSNRGrid, PowerGrid, SigmaGrid
 from diffusion.samplers.heun import Heun
 from diffusion.samplers.multistep import Multistep
 from diffusion.samplers.runge_kutta import RungeKutta
@@ -42,6 +42,7 @@ __all__ = [
     "RungeKutta",
     "Sampler",
     "Scored",
+    "SigmaGrid",
     "Stochastic",
     "StochasticSampler",
     "Tuned",

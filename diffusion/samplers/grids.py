@@ -41,6 +41,23 @@ class PowerGrid(Grid):
 
 
 @dataclass(frozen=True)
+class SigmaGrid(Grid):
+    """Even in sigma_t^(1/rho), EDM's rule for fields whose sigma is not t (Karras et al. 2022, eq. 5)."""
+
+    rho: float = 7.0
+
+    def __call__(self, field: Field, points: int) -> Tensor:
+        if not self.rho > 0:
+            raise UserError(f"SigmaGrid has rho={self.rho}, expected a positive number, such as 7")
+
+        def clock(t: Tensor) -> Tensor:
+            return schedule(field, t).sigma ** (1 / self.rho)
+
+        first, last = clock(torch.tensor([field.horizon, field.t_min], dtype=torch.float64)).tolist()
+        return _between(field, solve_times(field, clock, torch.linspace(first, last, points, dtype=torch.float64)))
+
+
+@dataclass(frozen=True)
 class LogSNRGrid(Grid):
     """Even in log(sigma / alpha), half of the negative log-SNR (Lu et al. 2022, arXiv 2206.00927, sec. 3.4).
 

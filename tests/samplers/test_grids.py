@@ -4,10 +4,10 @@ import pytest
 import torch
 from problems import FIELDS, names
 
-from diffusion.fields import variance_exploding
-from diffusion.samplers import LogSNRGrid, PowerGrid
+from diffusion.fields import linear, variance_exploding, variance_preserving
+from diffusion.samplers import BandGrid, LogSNRGrid, PowerGrid, SigmaGrid
 
-GRIDS = [PowerGrid(), PowerGrid(1.0), PowerGrid(7.0), PowerGrid(0.5), LogSNRGrid()]
+GRIDS = [PowerGrid(), PowerGrid(1.0), PowerGrid(7.0), PowerGrid(0.5), LogSNRGrid(), SigmaGrid(), BandGrid(0.1, 5.0)]
 
 
 @pytest.mark.parametrize("case", **names(FIELDS))
@@ -38,7 +38,25 @@ def test_log_grid_has_a_constant_ratio():
     torch.testing.assert_close(times[1:] / times[:-1], torch.full((10,), (0.002 / 80) ** 0.1, dtype=torch.float64))
 
 
+def test_sigma_grid_is_even_in_a_power_of_sigma():
+    field = variance_preserving(2)
+    steps = (field.sigma(SigmaGrid(3.0)(field, 9)) ** (1 / 3)).diff()
+    torch.testing.assert_close(steps, steps[:1].expand(8))
+
+
+def test_log_snr_grid_is_even_where_sigma_is_not_t():
+    """Where alpha_T = 0 the even part begins at noise / signal = 100."""
+    field = variance_preserving(2)
+    steps = field.log_noise_to_signal(LogSNRGrid()(field, 9)).diff()
+    torch.testing.assert_close(steps, steps[:1].expand(8))
+    field = linear(2)
+    steps = field.log_noise_to_signal(LogSNRGrid()(field, 9))[1:].diff()
+    torch.testing.assert_close(steps, steps[:1].expand(7))
+
+
 @pytest.mark.parametrize("rho", [0.0, -7.0, float("nan")])
 def test_rho_is_positive(rho, user_error):
     with user_error(f"rho={rho}"):
         PowerGrid(rho)(variance_exploding(), 5)
+    with user_error(f"rho={rho}"):
+        SigmaGrid(rho)(variance_exploding(), 5)
