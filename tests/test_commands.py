@@ -100,10 +100,28 @@ def test_every_sampler_runs_and_the_evaluations_are_reported(run, trained, tmp_p
         (["sampler=euler", "sampler.steps=5"], "5 evaluations"),
         (["sampler=adaptive", "sampler.rtol=0.1", "sampler.atol=0.1"], "evaluations"),
         (["sampler=adaptive", "sampler.method=rk4", "sampler.steps=3"], "13 evaluations"),
+        (["sampler=multistep", "sampler.steps=4"], "4 evaluations"),
+        (["sampler=multistep", "sampler.grid={_target_: diffusion.samplers.LogSNRGrid}"], "10 evaluations"),
+        (["sampler=runge_kutta", "sampler.steps=3", "sampler.order=2"], "5 evaluations"),
+        (["sampler=stochastic", "sampler.steps=4"], "7 evaluations"),
+        (["sampler=euler_maruyama", "sampler.steps=4"], "4 evaluations"),
+        (["sampler=predictor_corrector", "sampler.steps=4"], "7 evaluations"),
+        (["sampler=churn", "sampler.steps=4"], "7 evaluations"),
     ]:
         status, out, err = run("sample", checkpoint, "num_samples=2", *options)
         assert (status, err.count("error")) == (0, 0)
         assert count in out
+
+
+def test_a_tuned_sampler_takes_the_evaluations_that_it_was_tuned_for(run, trained, tmp_path):
+    shutil.copytree(trained / "checkpoints/last", tmp_path / "last")
+    options = ["nfe=3", "trajectories=2", "iterations=2", f"hydra.run.dir={tmp_path}"]  # a folder that is not empty
+    status, out, err = run("tune", f"checkpoint={tmp_path / 'last'}", *options)
+    assert status == 0, err
+    assert "3 evaluations: median error on fresh draws" in out
+    choice = ["sampler=tuned", "sampler.nfe=3"]
+    status, out, _ = run("sample", f"checkpoint={tmp_path / 'last'}", "num_samples=2", *choice)
+    assert status == 0 and "3 evaluations each" in out
 
 
 def test_evaluate_prints_a_table_and_writes_json(run, trained, tmp_path):
@@ -203,6 +221,16 @@ BAD_COMMANDS = [
     ("evaluate", ["checkpoint=TRAINED", "data=moons"], "data moons has shape (2,), expected (1, 8, 8)"),
     ("evaluate", ["checkpoint=TRAINED", "num_samples=1"], "1"),
     ("evaluate", ["checkpoint=TRAINED", "likelihood=451"], "likelihood is 451, expected from 0 to 450 test points"),
+    ("train", ["sampler=tuned"], "sampler=tuned is for a checkpoint that scripts/tune.py has tuned"),
+    ("train", ["sampler=ancestral"], "ancestral sampling needs an affine field with a Gaussian base"),
+    ("sample", ["checkpoint=TRAINED", "sampler=multistep", "sampler.steps=2.5"], "steps=2.5, expected a whole number"),
+    ("sample", ["checkpoint=TRAINED", "sampler=multistep", "sampler.order=7"], "order=7, expected 1, 2, 3 or 4"),
+    ("sample", ["checkpoint=TRAINED", "sampler=churn", "sampler.highest=0"], "highest=0"),
+    ("sample", ["checkpoint=TRAINED", "sampler=adaptive", "sampler.rtol=-1"], "rtol=-1"),
+    ("sample", ["checkpoint=TRAINED", "sampler=tuned", "sampler.nfe=3"], "not tuned for nfe=3 evaluations"),
+    ("tune", [], "checkpoint is missing; give checkpoint="),
+    ("tune", ["checkpoint=TRAINED", "nfe=1"], "nfe=1"),
+    ("tune", ["checkpoint=TRAINED", "nfe=null"], "nfe is null, expected a number"),
     ("train", ["seed=abc"], "seed is 'abc', expected a value of type int"),
     ("train", ["trainer.devices=abc"], "devices is 'abc', expected a value of type int"),
     ("train", ["num_samples=3"], "num_samples is 3, expected 0 or at least"),
@@ -238,7 +266,7 @@ def test_mistakes_end_in_one_line_and_status_2(run, trained, command, options, w
     tiny = [option for option in TINY if option.split("=")[0] not in given and not (mlp and "model" in option)]
     tiny = tiny if command == "train" else []
     status, _, err = run(command, *tiny, *options)
-    progress = ("step/s", "samples/s", "Downloading")
+    progress = ("step/s", "samples/s", "iterations/s", "Downloading")
     lines = [line for line in err.splitlines() if line.strip() and not any(word in line for word in progress)]
     assert status == 2, err
     assert len(lines) == 1 and lines[0].startswith("error: "), err
