@@ -16,7 +16,7 @@ from diffusion.samplers.base import state_dtype
 
 @command("tune")
 def main(config: DictConfig) -> None:
-    expect(config, nfe=int, trajectories=int, iterations=int, seed=int)
+    expect(config, nfe=int, trajectories=int, iterations=int, seed=int, denoise=bool)
     missing = [name for name in ("nfe", "trajectories", "iterations", "seed") if config[name] is None]
     if missing:
         raise UserError(f"{missing[0]} is null, expected a number")
@@ -37,7 +37,9 @@ def main(config: DictConfig) -> None:
             bar.update(done - bar.n)
             bar.set_postfix(error=f"{error:.2e}")
 
-        found = tune(generator, draw, config.nfe, config.trajectories, config.iterations, config.seed, show)
+        found = tune(
+            generator, draw, config.nfe, config.trajectories, config.iterations, config.seed, config.denoise, show
+        )
     path = store_tuned(config.checkpoint, found)
     with contextlib.suppress(OSError):
         run_folder().rmdir()  # all that is left is in the checkpoint

@@ -36,6 +36,7 @@ def tune(
     trajectories: int = 64,
     iterations: int = 100,
     seed: int = 0,
+    denoise: bool = False,
     progress: Callable[[int, float], None] = lambda iteration, error: None,
 ) -> Tuned:
     """The times, the order and the arc's scale with which Multistep makes the least error in `nfe` evaluations.
@@ -49,6 +50,7 @@ def tune(
         nfe: evaluations, 2 or more.
         trajectories: number to tune on; four times as many fresh ones are drawn to report on.
         iterations: each costs `nfe` evaluations, forward and backward.
+        denoise: tune a sampler that ends with the field's estimate at t_min (see Multistep).
         progress: called with the number of iterations done and the error on the trajectories.
 
     Returns:
@@ -59,10 +61,11 @@ def tune(
             f"tuning has nfe={nfe}, trajectories={trajectories}, iterations={iterations}, expected at least 2, 2 and 1"
         )
     generator = torch.Generator().manual_seed(seed)
-    problem = _Problem(model, *draw(trajectories, generator))
+    fine = replace(REFERENCE, denoise=denoise)
+    problem = _Problem(model, fine, *draw(trajectories, generator))
     orders = [order for order in (2, 3, 4) if order < nfe] or [1]
     first = max(1, iterations // (2 + len(orders)))
-    runs = [_Descent(Multistep(nfe, order), problem) for order in orders]
+    runs = [_Descent(Multistep(nfe, order, denoise=denoise), problem) for order in orders]
     done = 0
     for run in runs:
         for _ in range(first):
@@ -73,18 +76,18 @@ def tune(
         best.slow_down((iterations - done) / (iterations - begun))
         done += 1
         progress(done, best.step())
-    fresh = _Problem(model, *draw(4 * trajectories, generator))
-    default = Multistep(nfe)
+    fresh = _Problem(model, fine, *draw(4 * trajectories, generator))
+    default = Multistep(nfe, denoise=denoise)
     default_error, error = fresh.median_error(default), fresh.median_error(best.best)
     return Tuned(best.best if error < default_error else default, min(error, default_error), default_error)
 
 
 class _Problem:
-    """Prior draws and where the ODE leads from them."""
+    """Prior draws and where the ODE leads from them, by a fine solution."""
 
-    def __init__(self, model: Model, x_T: Tensor, conditions: dict):
+    def __init__(self, model: Model, fine: Multistep, x_T: Tensor, conditions: dict):
         self.model, self.x_T, self.conditions = model, x_T.to(state_dtype(x_T.device)), conditions
-        self.x_0 = REFERENCE(model, self.x_T, **conditions)
+        self.x_0 = fine(model, self.x_T, **conditions)
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         return self.model.velocity(x, t.expand(len(x)), **self.conditions)

@@ -78,6 +78,13 @@ def test_the_default_is_kept_where_nothing_better_is_found(monkeypatch):
     assert tuned.error == tuned.default_error
 
 
+def test_a_sampler_that_ends_with_the_estimate_is_tuned_as_such():
+    model = mixture(linear(2))
+    tuned = tune(model, draws(model), 6, trajectories=16, iterations=20, denoise=True)
+    assert tuned.sampler.denoise
+    assert tuned.error < 0.9 * tuned.default_error
+
+
 def test_high_orders_win_where_there_are_many_evaluations():
     model = mixture(linear(2))
     assert tune(model, draws(model), 24, trajectories=6, iterations=5).sampler.order in (3, 4)
@@ -88,7 +95,7 @@ def test_the_descent_follows_the_gradient(build):
     """Of the loss in the gaps between the times, against central differences."""
     model = mixture(build(2))
     x_T = model.field.sample_prior((8, 2), torch.Generator().manual_seed(0), dtype=torch.float64)
-    run = _Descent(Multistep(5, 2), _Problem(model, x_T, {}))
+    run = _Descent(Multistep(5, 2), _Problem(model, REFERENCE, x_T, {}))
 
     def loss(k, change):
         with torch.no_grad():
