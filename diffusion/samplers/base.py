@@ -114,8 +114,10 @@ def whole(value: int, name: str, least: int) -> None:
     Raises:
         UserError: it is not, or less than the least.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"sampler has {name}={value!r}, expected a whole number, at least {least}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"sampler has {name}={value!r}, expected a whole number")
+    if value < least:
+        raise UserError(f"sampler has {name}={value}, expected at least {least}")
 
 
 def state_dtype(device: torch.device) -> torch.dtype:
