@@ -90,7 +90,7 @@ class Multistep(OnArc):
         for n, (again, onward) in enumerate(moves):
             x = state * column(at.radius, n, x)
             v = velocity(x, ends[:, n])
-            slopes = [*slopes, (v - column(at.drift, n, x) * x) / column(at.speed, n, x)]
+            slopes = [*slopes[-4:], (v - column(at.drift, n, x) * x) / column(at.speed, n, x)]
             if again.shape[1] > 0:
                 state = (first if self._refines(n) else corrected) + _sum(again, slopes)
             corrected = state
