@@ -46,7 +46,8 @@ class Flow:
         directions, number = self.directions[:, index], len(x)
         copies = min(len(directions), max(1, ROWS // number))
         parts = []
-        with torch.enable_grad():
+        # A compiled network would otherwise give up its buffers at the first of many derivatives.
+        with torch.enable_grad(), torch._functorch.config.patch(donated_buffer=False):
             many = x.repeat(copies, *[1] * (x.dim() - 1)).requires_grad_()
             value = function(many, copies)
             if not value.requires_grad:

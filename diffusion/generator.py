@@ -67,8 +67,8 @@ class Generator(nn.Module):
         if self.heads not in (1, 2) or (self.heads == 2 and not learns_score(field)):
             law = type(field.base if isinstance(field, AffineField) else field).__name__
             raise UserError(
-                f"the network has heads={self.heads}, expected 1; 2, to learn a score, is for affine fields whose "
-                f"base is not Gaussian and has a density without jumps and poles, and this is {law}"
+                f"the network has heads={self.heads}, expected 1; 2, to learn a score, is for affine fields with a "
+                f"Student-t base, and this is {law}"
             )
 
     def calibrate(self, x0: Tensor) -> "Generator":

@@ -150,7 +150,6 @@ def load(config: DictConfig) -> Generator:
     """The generator of the option `checkpoint`; with `compile` its network is one graph."""
     generator = Generator.load(config.checkpoint, devices.pick(config.device), config.trust)
     if config.compile:
-        torch._functorch.config.donated_buffer = False  # a divergence takes many derivatives of one evaluation
         generator.network.compile(mode="reduce-overhead" if generator.device.type == "cuda" else None)
     return generator
 

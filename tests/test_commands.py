@@ -124,6 +124,12 @@ def test_a_tuned_sampler_takes_the_evaluations_that_it_was_tuned_for(run, traine
     assert status == 0 and "3 evaluations each" in out
 
 
+def test_a_sampler_that_does_not_suit_the_field_is_refused_before_training(run, tmp_path):
+    status, out, err = run("train", *TINY, "sampler=ancestral", f"hydra.run.dir={tmp_path / 'run'}")
+    assert status == 2 and "Gaussian base" in err
+    assert "training in" not in out and not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_evaluate_prints_a_table_and_writes_json(run, trained, tmp_path):
     status, out, _ = run(
         "evaluate", f"checkpoint={trained}/checkpoints/last", "num_samples=50", f"hydra.run.dir={tmp_path / 'e'}"

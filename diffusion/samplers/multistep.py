@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.samplers.arc import Arc, column
+from diffusion.samplers.arc import Arc, column, slope
 from diffusion.samplers.base import Model, Velocity, whole
 from diffusion.samplers.on_arc import FINEST, SCALE, OnArc
 
@@ -89,12 +89,12 @@ class Multistep(OnArc):
         first = state = corrected = x / column(at.radius, 0, x)
         for n, (again, onward) in enumerate(moves):
             x = state * column(at.radius, n, x)
-            v = velocity(x, ends[:, n])
-            slopes = [*slopes[-4:], (v - column(at.drift, n, x) * x) / column(at.speed, n, x)]
+            slopes = [*slopes[-4:], slope(velocity, x, ends, at, n)]
             if again.shape[1] > 0:
                 state = (first if self._refines(n) else corrected) + _sum(again, slopes)
             corrected = state
             state = corrected + _sum(onward, slopes)
+        v = column(at.speed, -1, x) * slopes[-1] + column(at.drift, -1, x) * x
         estimate = arc.field.endpoint(x, ends[:, -1].expand(len(x)), v)
         continued = (column(times, -1, x) > arc.field.t_min).to(x.device)
         return torch.where(continued, state * arc.scale, estimate)

@@ -108,7 +108,7 @@ class _Descent:
     def __init__(self, sampler: Multistep, problem: _Problem):
         self.sampler, self.problem, self.least, self.best = sampler, problem, math.inf, sampler
         arc = sampler.arc(problem.model, problem.x_T)
-        self.std, self.noise = arc.scale / SCALE, arc.noise
+        self.noise = arc.noise
         self.grid = sampler.default_grid(problem.model, problem.x_T)
         self.log_gaps = torch.zeros(sampler.steps, dtype=torch.float64, requires_grad=True)
         self.log_scale = torch.tensor(math.log(arc.scale), dtype=torch.float64, requires_grad=True)

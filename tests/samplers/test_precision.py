@@ -51,6 +51,15 @@ def test_networks_are_compiled_once_for_all_steps_and_batches(name):
     assert len(graphs) == 1
 
 
+def test_compiled_networks_have_likelihoods():
+    """Many derivatives of one evaluation are taken."""
+    plain = generator("linear")
+    compiled = copy.deepcopy(plain)
+    compiled.network.compile(backend="aot_eager")
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(compiled.log_likelihood(x), plain.log_likelihood(x), rtol=0, atol=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIELDS)
 def test_compiled_networks_give_the_same_samples(name):
