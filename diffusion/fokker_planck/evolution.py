@@ -1,0 +1,176 @@
+"""Linear equations du/dt = A(t) u: exponentials of operators, and steps in time that keep what exponentials keep.
+
+A step from t to t + h is exp(h M) with M the mean of A over the step: the first term of Magnus' series (Magnus 1954;
+Blanes et al. 2009, arXiv 0810.5488), of order 2. It is exact, in one step of any length, where A does not change in
+time or changes by a factor only; and where A generates a Markov chain so does M, so that the step keeps the mass and no
+density becomes negative, whatever its length.
+"""
+
+import itertools
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from numpy.polynomial.legendre import leggauss
+from scipy.special import ive
+from scipy.stats import poisson
+from torch import Tensor
+
+from diffusion.errors import UserError
+
+ROUNDING = 1e-13  # relative, up to which operators are the same
+NEGLIGIBLE = 1e-17
+MOST_STEPS = 100_000
+
+
+class Operator(ABC):
+    """A linear map A of states (B, n).
+
+    Attributes:
+        values: the numbers that it is made of; operators of one equation at several times have them in the same order.
+    """
+
+    values: Tensor
+
+    @abstractmethod
+    def advance(self, state: Tensor, duration: float) -> Tensor:
+        """exp(duration A) state."""
+
+
+class Evolution(NamedTuple):
+    """What `evolve` returns.
+
+    Attributes:
+        states: (K, B, n), at the K times.
+        steps: taken in all.
+        error: estimate of the error of the last state that the steps made, in the given norm.
+    """
+
+    states: Tensor
+    steps: int
+    error: float
+
+
+def evolve(
+    mean: Callable[[float, float], Operator],
+    state: Tensor,
+    times: Sequence[float],
+    norm: Callable[[Tensor], float],
+    tolerance: float = 1e-8,
+    steps: int | None = None,
+    extrapolate: bool = False,
+) -> Evolution:
+    """States (K, B, n) at the rising `times`, from `state` (B, n) at the first of them.
+
+    Args:
+        mean: (t, t') -> the mean of A over that time, see `mean_over`.
+        norm: of a difference of states.
+        tolerance: of the error at the last time; each step is compared with two of half its length.
+        steps: of equal length between each two times, instead of steps chosen by the tolerance.
+        extrapolate: combine the step with its halves for order 4; the result may then be negative.
+
+    Warns:
+        the estimated error of a fixed number of steps is above the tolerance.
+
+    Raises:
+        UserError: the tolerance is not met with MOST_STEPS steps.
+    """
+    states, number, error, total = [state], 0, 0.0, times[-1] - times[0]
+    proposed = total
+    for start, stop in itertools.pairwise(times):
+        t = start
+        while t < stop:
+            left = stop - t
+            h = (stop - start) / steps if steps else min(left, proposed)
+            if left - h < 1e-9 * (stop - start):
+                h = left
+            following, step_error = _step(mean, state, t, h, norm, extrapolate)
+            number += 1
+            allowed = tolerance * h / total
+            if steps is None:
+                proposed = h * min(5.0, max(0.2, 0.9 * math.sqrt(allowed / max(step_error, 1e-300))))
+                if step_error > allowed:
+                    if number > MOST_STEPS or h < 1e-12 * total:
+                        raise UserError(
+                            f"the equation cannot be solved to {tolerance:.1g}: at t={t:.6g} a step of {h:.2g} has the "
+                            f"error {step_error:.2g}; try a larger tolerance"
+                        )
+                    continue
+            state, t, error = following, stop if h == left else t + h, error + step_error
+        states.append(state)
+    if steps and error > tolerance:
+        warnings.warn(
+            f"{steps} steps between times are too coarse: the estimated error is {error:.2g}, above the tolerance "
+            f"{tolerance:.2g}; take more steps, or let the tolerance choose them",
+            stacklevel=3,
+        )
+    return Evolution(torch.stack(states), number, error)
+
+
+def _step(mean, state: Tensor, t: float, h: float, norm, extrapolate: bool) -> tuple[Tensor, float]:
+    """The state after a step, and an estimate of its error."""
+    whole, first, second = mean(t, t + h), mean(t, t + h / 2), mean(t + h / 2, t + h)
+    difference = _difference(whole.values, (first.values + second.values) / 2)
+    if difference < ROUNDING and _difference(first.values, second.values, up_to_factor=True) < ROUNDING:
+        return whole.advance(state, h), 0.0  # the operators commute: exact
+    coarse = whole.advance(state, h)
+    fine = second.advance(first.advance(state, h / 2), h / 2)
+    error = norm(fine - coarse) / 3
+    return (fine + (fine - coarse) / 3 if extrapolate else fine), error
+
+
+def _difference(a: Tensor, b: Tensor, up_to_factor: bool = False) -> float:
+    """Largest difference relative to the largest number of `a`."""
+    if a.shape != b.shape:
+        return math.inf
+    if up_to_factor:
+        b = b * (float((a * b).sum()) / max(float((b * b).sum()), 1e-300))
+    return float((a - b).abs().max()) / max(float(a.abs().max()), 1e-300)
+
+
+def mean_over(values: Callable[[float], Tensor], start: float, stop: float, points: int = 4) -> Tensor:
+    """The mean of a function of time, by Gauss and Legendre's rule."""
+    nodes, weights = leggauss(points)
+    middle, half = (start + stop) / 2, (stop - start) / 2
+    return sum(
+        float(weight) / 2 * values(middle + half * float(node)) for node, weight in zip(nodes, weights, strict=True)
+    )
+
+
+def chebyshev(apply: Callable[[Tensor], Tensor], state: Tensor, duration: float, bound: float) -> Tensor:
+    """exp(duration A) state, for A with a real spectrum in [-bound, 0]; about 6 sqrt(bound duration) products.
+
+    The series of Chebyshev polynomials (Tal-Ezer & Kosloff 1984), to rounding.
+    """
+    z = duration * bound / 2
+    weights = ive(range(int(12 * math.sqrt(z) + 40)), z)
+    number = max(2, int((weights > NEGLIGIBLE).sum()))
+
+    def shifted(u: Tensor) -> Tensor:
+        return u + apply(u) * (2 / bound) if bound > 0 else u
+
+    before, now = state, shifted(state)
+    total = float(weights[0]) * before + 2 * float(weights[1]) * now
+    for weight in weights[2:number]:
+        before, now = now, 2 * shifted(now) - before
+        total = total + 2 * float(weight) * now
+    return total
+
+
+def uniformised(apply: Callable[[Tensor], Tensor], state: Tensor, duration: float, rate: float) -> Tensor:
+    """exp(duration A) state, for the generator A of a Markov chain that leaves no state faster than `rate`.
+
+    A Poisson mean of powers of the positive matrix 1 + A / rate (Jensen 1953): no negative number ever arises. About
+    rate duration products.
+    """
+    jumps = rate * duration
+    weights = poisson(jumps).pmf(range(int(jumps + 9 * math.sqrt(jumps)) + 30))
+    total = float(weights[0]) * state
+    for weight in weights[1:]:
+        state = state + apply(state) / rate
+        if weight > 0:
+            total = total + float(weight) * state
+    return total / float(weights.sum())

@@ -1,0 +1,70 @@
+"""Laws at the start of a problem: densities that can be drawn from."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+
+
+class Law(Protocol):
+    """A law on points (d,)."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """The log density (N,) in nats at `x` (N, d)."""
+
+    def sample(self, number: int, generator: torch.Generator | None = None) -> Tensor:
+        """Independent points (number, d), float64."""
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """A mixture of Gaussians.
+
+    Args:
+        weights: (K,), summing to 1.
+        means: (K, d).
+        covariances: (K, d, d).
+    """
+
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor
+
+    @property
+    def dim(self) -> int:
+        return self.means.shape[1]
+
+    @property
+    def mean(self) -> Tensor:
+        """(d,)."""
+        return self.weights @ self.means
+
+    @property
+    def covariance(self) -> Tensor:
+        """(d, d)."""
+        gaps = self.means - self.mean
+        return torch.einsum("k,kij->ij", self.weights, self.covariances + gaps[:, :, None] * gaps[:, None])
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        laws = MultivariateNormal(self.means.to(x), self.covariances.to(x))
+        return MixtureSameFamily(Categorical(self.weights.to(x)), laws).log_prob(x)
+
+    def sample(self, number: int, generator: torch.Generator | None = None) -> Tensor:
+        part = torch.multinomial(self.weights, number, replacement=True, generator=generator)
+        noise = torch.randn(number, self.dim, generator=generator, dtype=self.means.dtype)
+        roots = torch.linalg.cholesky(self.covariances)[part]
+        return self.means[part] + (roots @ noise[:, :, None])[:, :, 0]
+
+    def moved(self, matrix: Tensor, added: Tensor) -> "GaussianMixture":
+        """The law of `matrix` x + z, with z a Gaussian of covariance `added` (d, d)."""
+        return GaussianMixture(self.weights, self.means @ matrix.T, matrix @ self.covariances @ matrix.T + added)
+
+
+def gaussian(mean, std: float, dim: int | None = None) -> GaussianMixture:
+    """The isotropic Gaussian of a mean (d,), or of one number in `dim` dimensions."""
+    mean = torch.as_tensor(mean, dtype=torch.float64)
+    mean = mean.expand(dim or 1) if mean.dim() == 0 else mean
+    eye = torch.eye(len(mean), dtype=torch.float64)
+    return GaussianMixture(torch.ones(1, dtype=torch.float64), mean[None], std**2 * eye[None])
