@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion.conditions import of_points
 from diffusion.errors import UserError
 from diffusion.samplers.base import Model
 
@@ -32,10 +33,7 @@ class Flow:
     def velocity(self, x: Tensor, t: Tensor, index: Tensor, copies: int = 1) -> Tensor:
         """f_t (copies b, *shape) at `x` (copies b, *shape) of the points `index` (b,) and the times `t` (b,)."""
         self.evaluations[index] += 1
-        conditions = dict(self.conditions)
-        for name, value in conditions.items():
-            if is_of_points(value, self.directions.shape[1]):
-                conditions[name] = value[index.to(value.device).repeat(copies)]
+        conditions = of_points(self.conditions, index.repeat(copies), self.directions.shape[1])
         return self.model.velocity(x, t.repeat(copies), **conditions).to(x)
 
     def __call__(self, x: Tensor, t: Tensor, index: Tensor) -> Slope:
@@ -58,8 +56,3 @@ class Flow:
                 parts.append((product * e).flatten(1).sum(1).view(copies, number))
         parts = torch.cat(parts)[: len(directions)].T
         return Slope(value.detach()[:number], parts.sum(1, keepdim=True) if self.exact else parts)
-
-
-def is_of_points(value: Any, number: int) -> bool:
-    """Whether a condition has an entry for each of `number` points."""
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == number

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torchdiffeq._impl.dopri8 import _DOPRI8_TABLEAU as TABLEAU
 
-from diffusion.divergence import Flow, Slope, is_of_points
+from diffusion.conditions import of_points
+from diffusion.divergence import Flow, Slope
 from diffusion.errors import UserError
 from diffusion.fields import Field
 from diffusion.horizon import log_end
@@ -111,7 +112,7 @@ def likelihood(
     done = []
     for first in range(0, len(x), batch_size):
         part = slice(first, first + batch_size)
-        some = {k: v[part] if is_of_points(v, len(x)) else v for k, v in conditions.items()}
+        some = of_points(conditions, torch.arange(len(x))[part], len(x))
         if exact := dim <= exact_dim:
             directions = torch.eye(dim, dtype=x.dtype, device=x.device).unsqueeze(1).expand(-1, len(x[part]), -1)
         else:

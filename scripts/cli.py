@@ -20,6 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, Interpolation
 
 from diffusion import Generator, UserError, checkpoints, devices, specs
 from diffusion.data import Splits
+from diffusion.samplers import Captured, PlannedSampler, Sampler
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, OSError, torch.OutOfMemoryError)
 
@@ -146,12 +147,19 @@ def _is_path(value: object) -> bool:
     return isinstance(value, str) and "." in value and specs.DOTTED.fullmatch(value) is not None
 
 
-def load(config: DictConfig) -> Generator:
-    """The generator of the option `checkpoint`; with `compile` its network is one graph."""
+def load(config: DictConfig) -> tuple[Generator, Sampler]:
+    """The generator of the option `checkpoint`, and the sampler of the option `sampler`.
+
+    With `compile` the network is compiled. On CUDA the loop of a sampler that has a plan is one CUDA graph; with other
+    samplers the network is.
+    """
     generator = Generator.load(config.checkpoint, devices.pick(config.device), config.trust)
+    sampler = build(config.sampler)
     if config.compile:
-        generator.network.compile(mode="reduce-overhead" if generator.device.type == "cuda" else None)
-    return generator
+        graphs, planned = generator.device.type == "cuda", isinstance(sampler, PlannedSampler)
+        generator.network.compile(mode="reduce-overhead" if graphs and not planned else None)
+        sampler = Captured(sampler) if graphs and planned else sampler
+    return generator, sampler
 
 
 def checkpoint_data(config: DictConfig, generator: Generator) -> Splits:

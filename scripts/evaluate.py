@@ -3,7 +3,7 @@
 import json
 
 import torch
-from cli import build, checkpoint_data, command, expect, load, run_folder
+from cli import checkpoint_data, command, expect, load, run_folder
 from omegaconf import DictConfig
 
 from diffusion import Generator, UserError
@@ -18,13 +18,12 @@ TOLERANCE = 1e-3  # nats a step and coordinate
 @command("evaluate")
 def main(config: DictConfig) -> None:
     expect(config, seed=int, num_samples=int, batch_size=int, compile=bool, inception=bool, likelihood=int)
-    generator = load(config)
+    generator, sampler = load(config)
     splits = checkpoint_data(config, generator)
     if config.likelihood is None or not 0 <= config.likelihood <= len(splits.test):
         raise UserError(f"likelihood is {config.likelihood}, expected from 0 to {len(splits.test)} test points")
     features = InceptionFeatures() if config.inception else default_features(splits)
     label = torch.arange(config.num_samples) % generator.num_classes if generator.num_classes else None
-    sampler = build(config.sampler)
     samples = generator.sample(config.num_samples, sampler, config.seed, label, config.batch_size, progress=True)
     evaluation = evaluate(samples.to(generator.device), splits, features, config.seed)
     figures = evaluation.to_dict()

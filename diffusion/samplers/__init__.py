@@ -1,7 +1,9 @@
 """Samplers: from the prior at the horizon to data."""
 
 from diffusion.samplers.adaptive import Adaptive
-from diffusion.samplers.base import Counted, FixedStep, Model, ODESampler, Sampler, generate
+from diffusion.samplers.adaptive_multistep import AdaptiveMultistep
+from diffusion.samplers.base import Counted, FixedStep, Model, ODESampler, PlannedSampler, Sampler, generate
+from diffusion.samplers.capture import Captured
 from diffusion.samplers.euler import Euler
 from diffusion.samplers.grids import BandGrid, Grid, LogSNRGrid, PowerGrid, SigmaGrid
 from diffusion.samplers.heun import Heun
@@ -21,8 +23,10 @@ from diffusion.samplers.tuning import Tuned, store_tuned, tune, tuned_sampler
 
 __all__ = [
     "Adaptive",
+    "AdaptiveMultistep",
     "Ancestral",
     "BandGrid",
+    "Captured",
     "Churn",
     "Counted",
     "Euler",
@@ -36,6 +40,7 @@ __all__ = [
     "Motion",
     "Multistep",
     "ODESampler",
+    "PlannedSampler",
     "PowerGrid",
     "PredictorCorrector",
     "RenewalGrid",

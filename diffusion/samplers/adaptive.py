@@ -12,8 +12,9 @@ from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
 from diffusion.errors import UserError
-from diffusion.samplers.arc import Arc, column, data_std, noise_scales, times_of_noise
-from diffusion.samplers.base import Model, ODESampler, Velocity, endpoint, whole
+from diffusion.samplers.arc import Arc, column, data_std, noise_scales
+from diffusion.samplers.base import Model, ODESampler, Velocity, endpoint, finite, whole
+from diffusion.samplers.clock import Clock
 
 # All of torchdiffeq's but scipy's, which has options of its own, and explicit_adams, which diverges on these ODEs.
 METHODS = sorted(SOLVERS.keys() - {"scipy_solver", "explicit_adams", "fixed_adams"})
@@ -24,31 +25,21 @@ class _Stopped(Exception):
 
 
 class _Slope:
-    """d(x / radius) / du, with the time going from T to t_min as u goes from 0 to 1.
+    """d(x / radius) / du, with the time going from T to t_min as u goes from 0 to 1."""
 
-    u is even in log((t + high) / (t + low)), for each sample between its own two times (rows, 1).
-    """
-
-    def __init__(self, velocity: Velocity, arc: Arc, low: Tensor, high: Tensor, allowed: int):
-        self.velocity, self.arc, self.low, self.high, self.left = velocity, arc, low, high, allowed
-        self.first, last = (((end + high) / (end + low)).log() for end in (arc.field.horizon, arc.field.t_min))
-        self.span = last - self.first
+    def __init__(self, velocity: Velocity, arc: Arc, clock: Clock, allowed: int):
+        self.velocity, self.arc, self.clock, self.left = velocity, arc, clock, allowed
         self.reached: tuple[Tensor, Tensor] | None = None  # u and state where the last step began
-
-    def times(self, u: Tensor) -> Tensor:
-        """(rows, 1)."""
-        ratio, field = (self.first + u * self.span).exp(), self.arc.field
-        return ((self.high - ratio * self.low) / (ratio - 1)).clamp(field.t_min, field.horizon)
 
     def __call__(self, u: Tensor, state: Tensor) -> Tensor:
         if self.left == 0:
             raise _Stopped
         self.left -= 1
-        t = self.times(u)
-        at = self.arc.at(t)
-        rate = self.span * (t + self.low) * (t + self.high) / (self.low - self.high)  # dt/du
+        t = self.clock.times(u)
+        at, rate = self.arc.at(t), self.clock.rate(t)
         x = state * column(at.radius, 0, state)
-        return (self.velocity(x, t[:, 0]) - column(at.drift, 0, x) * x) * column(rate / at.radius, 0, x)
+        velocity = finite(self.velocity(x, t[:, 0]), "velocity", t[:, 0])  # what is not would stop the step control
+        return (velocity - column(at.drift, 0, x) * x) * column(rate / at.radius, 0, x)
 
     def callback_step(self, u: Tensor, state: Tensor, step: Tensor) -> None:
         """Called by torchdiffeq at the start of each step."""
@@ -63,7 +54,8 @@ class Adaptive(ODESampler):
     estimate of the first step sees none of them, and the solver jumps over everything. Here the clock
     log((t + a) / (t + b)) spreads them evenly, between the noise of 0.12 and 1.4 std of the data, and division by the
     radius, at a scale of 5 std, keeps the state bounded, so that tolerances mean the same from the prior to the data.
-    The error is controlled in the root mean square over the whole batch.
+    The error is controlled in the root mean square over the whole batch: few samples may be further off, and the result
+    depends, within the tolerance, on the batch. AdaptiveMultistep controls each sample, with fewer evaluations.
 
     Args:
         method: of torchdiffeq, such as dopri5, dopri8, bosh3, rk4.
@@ -94,10 +86,9 @@ class Adaptive(ODESampler):
     def solve(self, velocity: Velocity, x: Tensor, model: Model) -> Tensor:
         field, std = model.field, self.std or data_std(model)
         noise = noise_scales(field, x)
-        low, high = (times_of_noise(field, level * std / noise).to(x) for level in (0.12, 1.4))
-        high = torch.maximum(high, 4 * low)  # where the noise is large at t_min still, both are t_min
+        clock = Clock.of_noise(field, (0.12 * std, 1.4 * std), noise).to(x)
         arc = Arc(field, 5 * std, noise.to(x))
-        slope = _Slope(velocity, arc, low, high, self.max_evaluations - 1)
+        slope = _Slope(velocity, arc, clock, self.max_evaluations - 1)
         span = torch.tensor([0, 1], dtype=x.dtype, device=x.device)
 
         def even_steps(slope, state, u):
@@ -108,7 +99,7 @@ class Adaptive(ODESampler):
             options, slope.left = {"grid_constructor": even_steps}, math.inf
         elif issubclass(kind, RKAdaptiveStepsizeODESolver):
             options = {"step_t": span[1:]}  # the last step ends there; otherwise it goes beyond
-        state = x / column(arc.at(slope.times(span[0])).radius, 0, x)
+        state = x / column(arc.at(clock.times(span[0])).radius, 0, x)
         try:
             state = odeint(slope, state, span, rtol=self.rtol, atol=self.atol, method=self.method, options=options)[-1]
             u = span[1]
@@ -119,10 +110,10 @@ class Adaptive(ODESampler):
             spent = self.max_evaluations - 1 - slope.left
             reason = "all are spent" if isinstance(stopped, _Stopped) else f"the steps became too small, {stopped}"
             warnings.warn(
-                f"{self.method} stopped at t={float(slope.times(u)[0]):.4g} after {spent} of {self.max_evaluations} "
+                f"{self.method} stopped at t={float(clock.times(u)[0]):.4g} after {spent} of {self.max_evaluations} "
                 f"evaluations: {reason}; the result is the field's estimate from there. Raise max_evaluations, rtol or "
                 "atol",
                 stacklevel=3,
             )
-        t = slope.times(u)
+        t = clock.times(u)
         return endpoint(velocity, state * column(arc.at(t).radius, 0, x), field, t[:, 0].expand(len(x)))

@@ -9,7 +9,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -86,15 +86,57 @@ def finite(value: Tensor, name: str, t: Tensor | float) -> Tensor:
     Raises:
         UserError: some of it is not finite; the message names the first such sample and the time.
     """
-    if not bool(torch.isfinite(value).all()):
-        bad = int((~torch.isfinite(value)).flatten(1).any(1).nonzero()[0])
-        t = float(torch.as_tensor(t).expand(len(value))[bad])
-        raise UserError(f"{name} of sample {bad} is not finite at t={t:.4g}; try more steps")
+    _check(torch.isfinite(value).flatten(1).all(1)[None], torch.as_tensor(t).expand(1, len(value)), name)
     return value
 
 
+def _check(finite: Tensor, times: Tensor, name: str) -> None:
+    """Raise an error that names the first evaluation, and in it the first sample, that is not `finite`, both (n, B)."""
+    if not bool(finite.all()):
+        evaluation, sample = (~finite).nonzero()[0].tolist()
+        t = float(times[evaluation, sample])
+        raise UserError(f"{name} of sample {sample} is not finite at t={t:.4g}; try more steps")
+
+
+class Outcome(NamedTuple):
+    """What a solver has made of a batch, and at each evaluation whether the velocity was finite."""
+
+    x_0: Tensor  # (B, *shape)
+    finite: Tensor  # (evaluations, B)
+    times: Tensor  # (evaluations, B)
+
+    def checked(self) -> Tensor:
+        """x_0.
+
+        Raises:
+            UserError: a velocity was not finite; the message names the sample and the time.
+        """
+        _check(self.finite, self.times, "velocity")
+        return self.x_0
+
+
+class Evaluations:
+    """The velocity of a model, with a record of where it is finite that stays on the device: nothing waits for it."""
+
+    def __init__(self, model: Model, conditions: dict[str, Any]):
+        self.model, self.conditions, self.finite, self.times = model, conditions, [], []
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        t = t.to(x).expand(len(x))
+        velocity = self.model.velocity(x, t, **self.conditions)
+        self.finite.append(torch.isfinite(velocity).flatten(1).all(1))
+        self.times.append(t)
+        return velocity
+
+    def outcome(self, x_0: Tensor) -> Outcome:
+        return Outcome(x_0, torch.stack(self.finite), torch.stack(self.times))
+
+
 class ODESampler(Sampler):
-    """Integrates dx/dt = f_t(x); nothing is random but the prior draw."""
+    """Integrates dx/dt = f_t(x); nothing is random but the prior draw.
+
+    Whether the velocities were finite is asked once, at the end.
+    """
 
     @abstractmethod
     def solve(self, velocity: Velocity, x: Tensor, model: Model) -> Tensor:
@@ -102,10 +144,30 @@ class ODESampler(Sampler):
 
     @torch.no_grad()
     def __call__(self, model: Model, x_T: Tensor, generator: Randomness = None, **conditions: Any) -> Tensor:
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return finite(model.velocity(x, t.to(x).expand(len(x)), **conditions), "velocity", t)
+        velocity = Evaluations(model, conditions)
+        x_0 = self.solve(velocity, x_T.to(state_dtype(x_T.device)), model)
+        return velocity.outcome(x_0).checked().to(x_T.dtype)
 
-        return self.solve(velocity, x_T.to(state_dtype(x_T.device)), model).to(x_T.dtype)
+
+class PlannedSampler(ODESampler):
+    """A sampler that knows before it starts where it will evaluate: a plan of tensors, and a loop that follows it.
+
+    The loop asks for no values, so that a device never waits for the host in it, and diffusion.samplers.capture can
+    make it one CUDA graph.
+    """
+
+    @abstractmethod
+    def plan(self, model: Model, x: Tensor) -> tuple:
+        """Times, weights and what else the loop takes from states `x` at the horizon, in the dtype and on the device
+        of `x`: a named tuple of tensors, or of tuples of them, the same in shape for states of the same shape.
+        """
+
+    @abstractmethod
+    def follow(self, plan: tuple, velocity: Velocity, x: Tensor, field: Field) -> Tensor:
+        """x_0 of the ODE that has state `x` at the horizon."""
+
+    def solve(self, velocity: Velocity, x: Tensor, model: Model) -> Tensor:
+        return self.follow(self.plan(model, x), velocity, x, model.field)
 
 
 def whole(value: int, name: str, least: int) -> None:
@@ -125,8 +187,14 @@ def state_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+class Stops(NamedTuple):
+    """The plan of a sampler that stops at the times of a grid."""
+
+    times: Tensor  # (steps,)
+
+
 @dataclass(frozen=True)
-class FixedStep(ODESampler):
+class FixedStep(PlannedSampler):
     """The loop of all ODE samplers that stop at the times of a grid.
 
     Args:
@@ -146,11 +214,13 @@ class FixedStep(ODESampler):
     def step(self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """The state at `t_next` from the state `x` at `t`."""
 
-    def solve(self, velocity: Velocity, x: Tensor, model: Model) -> Tensor:
-        times = self.grid(model.field, self.steps)
-        for t, t_next in itertools.pairwise(times):
+    def plan(self, model: Model, x: Tensor) -> Stops:
+        return Stops(self.grid(model.field, self.steps).to(x))
+
+    def follow(self, plan: Stops, velocity: Velocity, x: Tensor, field: Field) -> Tensor:
+        for t, t_next in itertools.pairwise(plan.times):
             x = self.step(velocity, x, t, t_next)
-        return endpoint(velocity, x, model.field, times[-1])
+        return endpoint(velocity, x, field, plan.times[-1])
 
 
 def endpoint(velocity: Velocity, x: Tensor, field: Field, t: Tensor) -> Tensor:
@@ -171,8 +241,8 @@ def generate(
 
     Each sample's prior draw is made on the CPU from its own place in the stream of `seed`, and what a stochastic
     sampler draws on the way from a stream of its own, so that with a fixed-step sampler sample i is the same whatever
-    the batch size, the number of samples and the device, up to rounding. An adaptive sampler controls the error of the
-    batch as a whole, so there it is the same up to the tolerance.
+    the batch size, the number of samples and the device, up to rounding. So it is with AdaptiveMultistep; Adaptive
+    controls the error of the batch as a whole, so there it is the same up to the tolerance.
 
     Args:
         label: (N,) classes, for a conditional model.

@@ -1,12 +1,14 @@
 """Linear multistep methods on the arc: one evaluation a step, whatever the order."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.samplers.arc import Arc, column, slope
+from diffusion.fields.base import Field
+from diffusion.samplers.arc import Arc, Places, column, slope
 from diffusion.samplers.base import Model, Velocity, whole
 from diffusion.samplers.on_arc import FINEST, SCALE, OnArc
 
@@ -21,6 +23,16 @@ def integral_weights(nodes: Tensor, start: Tensor, stop: Tensor) -> Tensor:
     width, powers = stop - start, torch.arange(nodes.shape[1], dtype=torch.float64)[:, None]
     places = ((nodes - start) / width)[:, None]
     return width * torch.linalg.solve(places**powers, (1 / (powers + 1)).expand(len(nodes), -1, -1))[:, :, 0]
+
+
+class Moves(NamedTuple):
+    """The plan: where to evaluate, and the moves between."""
+
+    times: Tensor  # (rows, steps)
+    at: Places  # (rows, steps)
+    weights: list[tuple[Tensor, Tensor]]  # of the slopes, see Multistep._weights
+    scale: Tensor  # () of the arc
+    continued: Tensor  # (rows, 1) whether the last step leads to t = 0; otherwise it is the field's estimate
 
 
 @dataclass(frozen=True)
@@ -59,9 +71,9 @@ class Multistep(OnArc):
         if self.order not in (None, 1, 2, 3, 4):
             raise UserError(f"sampler has order={self.order}, expected 1, 2, 3 or 4, or null")
 
-    def solve(self, velocity: Velocity, x: Tensor, model: Model) -> Tensor:
+    def plan(self, model: Model, x: Tensor) -> Moves:
         arc = self.arc(model, x)
-        return self.along(arc, self.evaluations(arc, self.times(model, x, self.steps + 1)), velocity, x)
+        return self._moves(arc, self.evaluations(arc, self.times(model, x, self.steps + 1)), x)
 
     def evaluations(self, arc: Arc, grid: Tensor) -> Tensor:
         """Where to evaluate, (rows, steps): at all times but the last of a grid (rows, steps + 1) from T to t_min.
@@ -83,21 +95,28 @@ class Multistep(OnArc):
 
         Differentiable in the times, the scale of the arc and `x`, where the velocity is.
         """
-        at = arc.at(times)
-        moves = [[move.to(x) for move in step] for step in self._moves(at.angle)]
-        at, ends, slopes = at.to(x), times.to(x), []
+        return self.follow(self._moves(arc, times, x), velocity, x, arc.field)
+
+    def follow(self, plan: Moves, velocity: Velocity, x: Tensor, field: Field) -> Tensor:
+        at, slopes = plan.at, []
         first = state = corrected = x / column(at.radius, 0, x)
-        for n, (again, onward) in enumerate(moves):
+        for n, (again, onward) in enumerate(plan.weights):
             x = state * column(at.radius, n, x)
-            slopes = [*slopes[-4:], slope(velocity, x, ends, at, n)]
+            slopes = [*slopes[-4:], slope(velocity, x, plan.times, at, n)]
             if again.shape[1] > 0:
                 state = (first if self._refines(n) else corrected) + _sum(again, slopes)
             corrected = state
             state = corrected + _sum(onward, slopes)
         v = column(at.speed, -1, x) * slopes[-1] + column(at.drift, -1, x) * x
-        estimate = arc.field.endpoint(x, ends[:, -1].expand(len(x)), v)
-        continued = (column(times, -1, x) > arc.field.t_min).to(x.device)
-        return torch.where(continued, state * arc.scale, estimate)
+        estimate = field.endpoint(x, plan.times[:, -1].expand(len(x)), v)
+        return torch.where(column(plan.continued, 0, x), state * plan.scale, estimate)
+
+    def _moves(self, arc: Arc, times: Tensor, x: Tensor) -> Moves:
+        """The plan of evaluations at the `times` (rows, steps), for states like `x`."""
+        at, scale = arc.at(times), torch.as_tensor(arc.scale, dtype=torch.float64)
+        weights = [(again.to(x), onward.to(x)) for again, onward in self._weights(at.angle)]
+        continued = (times[:, -1:] > arc.field.t_min).to(x.device)
+        return Moves(times.to(x), at.to(x), weights, scale.to(x), continued)
 
     def _slopes(self) -> int:
         """How many a step is extended from."""
@@ -107,7 +126,7 @@ class Multistep(OnArc):
         """Whether the n-th state is made again from the horizon on."""
         return 1 <= n < self._slopes() and (not self.corrector or self.steps >= 5 * self._slopes())
 
-    def _moves(self, angles: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _weights(self, angles: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Weights (rows, k) of the last k slopes, for each step: in the move up to its place, and in that to the next.
 
         The first has k = 0 where that move is not made again.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.samplers.arc import Arc, data_std, noise_scales
-from diffusion.samplers.base import Model, ODESampler
+from diffusion.samplers.base import Model, PlannedSampler
 from diffusion.samplers.grids import BandGrid, Grid
 
 SCALE = 0.6  # of the arc, in units of the std of the data, found by measurement on mixtures of 2 and 64 dimensions
@@ -14,7 +14,7 @@ FINEST = 0.17  # size of the finest structure of the data, in units of their std
 
 
 @dataclass(frozen=True)
-class OnArc(ODESampler):
+class OnArc(PlannedSampler):
     """Samplers of the ODE in the variables of diffusion.samplers.arc.
 
     Args:

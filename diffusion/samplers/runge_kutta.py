@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.samplers.arc import column, slope
+from diffusion.fields.base import Field
+from diffusion.samplers.arc import Places, column, slope
 from diffusion.samplers.base import Model, Velocity, endpoint, whole
 from diffusion.samplers.on_arc import OnArc
 
@@ -26,6 +27,16 @@ TABLEAUS = {
     3: Tableau((0, 1 / 2, 3 / 4), ((), (1 / 2,), (0, 3 / 4)), (2 / 9, 1 / 3, 4 / 9)),  # Ralston 1962
     4: Tableau((0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)),  # Kutta 1901
 }
+
+
+class Stages(NamedTuple):
+    """The plan: where stages lie, one step after the other, and the steps between the times of the grid."""
+
+    times: Tensor  # (rows, order (steps - 1))
+    at: Places  # (rows, order (steps - 1))
+    widths: Tensor  # (rows, steps - 1) in the angle
+    radius: Tensor  # (rows, steps)
+    last: Tensor  # (), t_min
 
 
 @dataclass(frozen=True)
@@ -51,19 +62,21 @@ class RungeKutta(OnArc):
         if self.order not in TABLEAUS:
             raise UserError(f"sampler has order={self.order}, expected 1, 2, 3 or 4")
 
-    def solve(self, velocity: Velocity, x: Tensor, model: Model) -> Tensor:
-        arc, tableau = self.arc(model, x), TABLEAUS[self.order]
-        times = self.times(model, x, self.steps)
-        ends, places = arc.at(times), torch.tensor(tableau.places, dtype=torch.float64)
-        stages = arc.times((ends.angle[:, :-1, None] + ends.angle.diff()[:, :, None] * places).flatten(1))
-        at, widths = arc.at(stages).to(x), ends.angle.diff().to(x)
-        stages, radius = stages.to(x), ends.radius.to(x)
-        state = x / column(radius, 0, x)
+    def plan(self, model: Model, x: Tensor) -> Stages:
+        arc, times = self.arc(model, x), self.times(model, x, self.steps)
+        ends, places = arc.at(times), torch.tensor(TABLEAUS[self.order].places, dtype=torch.float64)
+        widths = ends.angle.diff()
+        stages = arc.times((ends.angle[:, :-1, None] + widths[:, :, None] * places).flatten(1))
+        return Stages(stages.to(x), arc.at(stages).to(x), widths.to(x), ends.radius.to(x), times[0, -1].to(x))
+
+    def follow(self, plan: Stages, velocity: Velocity, x: Tensor, field: Field) -> Tensor:
+        tableau = TABLEAUS[self.order]
+        state = x / column(plan.radius, 0, x)
         for n in range(self.steps - 1):
-            width, slopes = column(widths, n, x), []
+            width, slopes = column(plan.widths, n, x), []
             for k, weights in enumerate(tableau.stages):
-                stage = n * len(places) + k
+                stage = n * self.order + k
                 here = state + width * sum(weight * s for weight, s in zip(weights, slopes, strict=True))
-                slopes.append(slope(velocity, here * column(at.radius, stage, x), stages, at, stage))
+                slopes.append(slope(velocity, here * column(plan.at.radius, stage, x), plan.times, plan.at, stage))
             state = state + width * sum(weight * s for weight, s in zip(tableau.step, slopes, strict=True))
-        return endpoint(velocity, state * column(radius, -1, x), model.field, times[0, -1])
+        return endpoint(velocity, state * column(plan.radius, -1, x), field, plan.last)
