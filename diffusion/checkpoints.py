@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import safetensors.torch
 import yaml
@@ -15,6 +16,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diffusion.errors import UserError
+
+
+@runtime_checkable
+class Completing(Protocol):
+    """A module that knows what older checkpoints of it lack."""
+
+    def completed(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]: ...
 
 
 def write(folder: str | Path, description: Mapping, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -134,6 +142,8 @@ def load_weights(module, weights: Mapping[str, Tensor], folder: str | Path) -> N
         UserError: they belong to another architecture; the message names the first difference.
     """
     own = module.state_dict()
+    if isinstance(module, Completing):
+        weights = module.completed(weights)
     for key in [*own, *weights]:
         have, want = (tuple(d[key].shape) if key in d else "nothing" for d in (weights, own))
         if have != want:

@@ -1,6 +1,6 @@
 """A generator: a field and the network that has learned it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from diffusion import checkpoints, specs
+from diffusion.conditional_score import flaw
 from diffusion.errors import UserError
-from diffusion.fields import AffineField, Field, Gaussian, StudentT, conversions
-from diffusion.fields.base import expand_time
+from diffusion.fields import AffineField, Field, Gaussian, conversions
 from diffusion.likelihood import EXACT_DIVERGENCE, likelihood
 from diffusion.preconditioning import MeasuredPreconditioner, Preconditioner
 from diffusion.samplers import Heun, Motion, generate
@@ -33,12 +33,17 @@ class Headed(Protocol):
     heads: int
 
 
-def learns_score(field: Field) -> bool:
-    """Whether a score can be learned beside the velocity: for Student-t noise (PFGM++, gravity).
+def learns_score(field: Field, shape: Sequence[int]) -> bool:
+    """Whether a score can be learned beside the velocity, in points of this shape.
 
-    For Gaussian noise it follows from the velocity; for other laws the preconditioning has no unit for its error.
+    That is so for every field with a density that has neither jumps nor poles (diffusion.conditional_score), but for
+    Gaussian noise, for which the score follows from the velocity.
     """
-    return isinstance(field, AffineField) and isinstance(field.base, StudentT)
+    return flaw(field, shape) is None
+
+
+def _law(field: Field) -> str:
+    return type(field.base if isinstance(field, AffineField) else field).__name__
 
 
 @specs.recorded
@@ -48,7 +53,7 @@ class Generator(nn.Module):
     Times are numbers or (B,), points (B, *shape), labels (B,). Results have the dtype of x; the network keeps its own.
 
     Args:
-        field: any field; denoised, noise and score need an affine one.
+        field: any field; denoised and noise need an affine one.
         network: network(x, noise, label) -> output like x, with `num_classes` (see diffusion.networks). With heads=2
             the second output is the score, which for a Gaussian base follows from the first.
         shape: of one data point, such as (1, 8, 8).
@@ -61,15 +66,13 @@ class Generator(nn.Module):
         super().__init__()
         self.field, self.network, self.shape = field, network, tuple(shape)
         self.num_classes = network.num_classes
-        wrap = Preconditioner if isinstance(field, AffineField) else MeasuredPreconditioner
-        self.precondition = wrap(field, self.shape)
         self.heads = network.heads if isinstance(network, Headed) else 1
-        if self.heads not in (1, 2) or (self.heads == 2 and not learns_score(field)):
-            law = type(field.base if isinstance(field, AffineField) else field).__name__
-            raise UserError(
-                f"the network has heads={self.heads}, expected 1; 2, to learn a score, is for affine fields with a "
-                f"Student-t base, and this is {law}"
-            )
+        if self.heads not in (1, 2):
+            raise UserError(f"the network has heads={self.heads}, expected 1, or 2 to learn a score")
+        if self.heads == 2 and (why := flaw(field, self.shape)):
+            raise UserError(f"the network has heads=2, expected 1: there is no score to learn, {_law(field)}: {why}")
+        wrap = Preconditioner if isinstance(field, AffineField) else MeasuredPreconditioner
+        self.precondition = wrap(field, self.shape, score=self.heads == 2)
 
     def calibrate(self, x0: Tensor) -> "Generator":
         """Take the moments of the data, on which the preconditioning rests, from a sample (N, *shape) of it."""
@@ -86,8 +89,9 @@ class Generator(nn.Module):
         target = c.offset + c.skip * c.y + c.out * first
         if score is None:
             return Prediction(target, c.out)
-        sigma = self.field.sigma(expand_time(t, x))
-        return Prediction(target, c.out, (score.skip * c.y + score.out * rest[0]) / sigma, score.out / sigma)
+        return Prediction(
+            target, c.out, (score.offset + score.skip * c.y + score.out * rest[0]) / score.unit, score.out / score.unit
+        )
 
     def estimate(self, x: Tensor, t: Tensor | float, label: Tensor | None = None) -> conversions.Estimate:
         """Denoised, noise and velocity together, for one evaluation of the network.
@@ -118,8 +122,8 @@ class Generator(nn.Module):
         """grad log p_t(x).
 
         Raises:
-            UserError: the base law is not Gaussian, for which alone the score is linear in the denoised mean, and the
-                network has no output for it.
+            UserError: the field is not affine with a Gaussian base, for which alone the score is linear in the denoised
+                mean, and the network has no output for it.
         """
         return self.velocity_and_score(x, t, label).score
 
@@ -130,14 +134,19 @@ class Generator(nn.Module):
             estimate = self.estimate(x, t, label)
             return Motion(estimate.velocity, conversions.score_from_noise(self.field.schedule(x, t), estimate.noise))
         if self.heads == 1:
-            law = type(self.field.base if isinstance(self.field, AffineField) else self.field).__name__
-            remedy = "train one with heads=2" if learns_score(self.field) else "take a sampler of the ODE"
+            remedy = "train one with heads=2" if learns_score(self.field, self.shape) else "take a sampler of the ODE"
             raise UserError(
-                f"the law of the noise is {law}, expected Gaussian: for others the velocity gives no score, and this "
-                f"network has no output for it; {remedy}"
+                f"the law of the noise is {_law(self.field)}, expected Gaussian: for others the velocity gives no "
+                f"score, and this network has no output for it; {remedy}"
             )
         prediction = self(x, t, label)
         return Motion(self.field.velocity_from_target(x, t, prediction.target), prediction.score)
+
+    def completed(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored weights, and what those lack that were stored before a base law's information was."""
+        name = "precondition.information"
+        before = self.heads == 2 and isinstance(self.precondition, Preconditioner) and name not in weights
+        return {**weights, name: torch.tensor(0.0)} if before else dict(weights)
 
     def _check(self, x: Tensor) -> None:
         if x.shape[1:] != self.shape:

@@ -42,9 +42,9 @@ def main(config: DictConfig) -> None:
     splits = build(config.data)
     _fill_in(config, splits)
     field = build(config.field)
-    config.heads = 2 if learns_score(field) else 1
     if config.validate and is_main and not resume:
         _refuse_wrong(field, splits)
+    config.heads = 2 if learns_score(field, splits.train.shape) else 1
     torch.manual_seed(derive_seed(config.seed, "network"))
     generator = Generator(field, build(config.model), splits.train.shape)
     order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(config.seed))
