@@ -102,6 +102,7 @@ class Trainer:
         description: Mapping | None = None,
         log: Log = lambda step, metrics: None,
         callbacks: Sequence[Callback] = (),
+        progress: bool = True,
     ) -> nn.Module:
         """Train `module` in place and return the copy with averaged weights, in evaluation mode.
 
@@ -113,12 +114,13 @@ class Trainer:
             description: stored in each checkpoint, beside the specification of `module` under "model".
             log: called with (step, metrics), in the main process.
             callbacks: called with (step, averaged module) at each checkpoint, in the main process.
+            progress: show a bar, in the main process.
 
         Raises:
             UserError: the loss stops being finite, a checkpoint cannot be read or written, the batch cannot be split.
         """
         description = {"model": specs.describe(module), **(description or {})}
-        run = _Run(self, module, objective, data, Path(folder), test_data, description, log, callbacks)
+        run = _Run(self, module, objective, data, Path(folder), test_data, description, log, callbacks, progress)
         return run.go(resume)
 
 
@@ -135,6 +137,7 @@ class _Run:
     description: Mapping
     log: Log
     callbacks: Sequence[Callback]
+    progress: bool = True
     step: int = 0
     best: float = math.inf
     bad_step: Tensor = field(init=False)
@@ -169,7 +172,7 @@ class _Run:
         options, total = self.options, torch.zeros((), device=self.device)
         started, since = time.perf_counter(), self.step
         batches = self.data.batches(self._order())
-        silent = not self.accelerator.is_main_process
+        silent = not (self.progress and self.accelerator.is_main_process)
         with tqdm(total=options.steps, initial=self.step, unit="step", disable=silent) as bar:
             while self.step < options.steps:
                 total += self._update(batches)

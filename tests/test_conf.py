@@ -1,5 +1,6 @@
 """Every file of conf/ composes and builds what it promises."""
 
+import inspect
 from pathlib import Path
 
 import hydra
@@ -10,6 +11,8 @@ from omegaconf import OmegaConf
 
 from diffusion import Generator
 from diffusion.fields import Field
+from diffusion.fokker_planck import problems
+from diffusion.fokker_planck.runs import Recipe
 from diffusion.objectives import FieldMatching
 from diffusion.samplers import Multistep, Sampler, Tuned, store_tuned
 from diffusion.trainer import Trainer
@@ -18,6 +21,7 @@ CONF = Path(__file__).parents[1] / "conf"
 SHAPES = {"digits": [1, 8, 8], "mnist": [1, 28, 28], "cifar10": [3, 32, 32], "toy2d": [2]}
 FILES = sorted(CONF.glob("*/*.yaml"))
 TUNED = CONF / "sampler/tuned.yaml"  # only for checkpoints that have been tuned
+DENSITY = ("problem", "solver")  # groups of scripts/fokker_planck.py
 OWN = {"own": ["field._target_=diffusion.fields.variance_exploding"]}  # what the choices for one's own leave open
 
 
@@ -53,7 +57,9 @@ def test_every_experiment_builds(name):
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in FILES if path.parent.name != "experiment" and path != TUNED], ids=lambda path: path.stem
+    "path",
+    [path for path in FILES if path.parent.name not in ("experiment", *DENSITY) and path != TUNED],
+    ids=lambda path: path.stem,
 )
 def test_every_choice_builds_in_the_default_experiment(path):
     group, name = path.parent.name, path.stem
@@ -62,6 +68,20 @@ def test_every_choice_builds_in_the_default_experiment(path):
         assert config.data._target_.startswith("diffusion.data.")
     else:
         build_all(config, [2] if name == "mlp" else [1, 8, 8])
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name in DENSITY], ids=lambda path: path.stem)
+def test_every_problem_and_solver_builds(path):
+    group, name = path.parent.name, path.stem
+    own = [f"problem._target_={problems.__name__}.double_well"] if name == "own" else []
+    config = read(f"{group}={name}", *own, command="fokker_planck")
+    OmegaConf.resolve(config)
+    assert isinstance(build(config.problem), problems.Problem)
+    assert isinstance(build(config.solver), Recipe)
+    if group == "problem" and name != "own":
+        options = {key: value for key, value in config.problem.items() if key != "_target_"}
+        defaults = inspect.signature(getattr(problems, name)).parameters
+        assert options == {key: value.default for key, value in defaults.items() if key != "start"}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "field").iterdir()))

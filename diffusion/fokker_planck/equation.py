@@ -6,7 +6,6 @@ which is d_t p + div J = 0 with the current J = (f - 1/2 div a) p - 1/2 a grad p
 Time runs forward, points are (B, d), everything is computed in the dtype of the points.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -114,29 +113,22 @@ class FokkerPlanck:
         times: Sequence[float] | Tensor,
         steps: int = 100,
         generator: torch.Generator | None = None,
+        order: int = 1,
     ) -> Tensor:
-        """Paths (len(times), B, d) of the SDE from `x` (B, d) at the first of the rising `times`, by Euler-Maruyama.
-
-        Weak order 1, strong order 1/2.
+        """Paths (len(times), B, d) of the SDE from `x` (B, d) at the first of the rising `times`.
 
         Args:
             steps: between each two times.
+            order: weak order: 1 for Euler and Maruyama's scheme (strong order 1/2), 2 for Platen's, for which g is
+                taken at 4 d + 1 places a step.
 
         Raises:
-            UserError: a path stops being finite, for instance because the steps are too large for the drift.
+            UserError: a path stops being finite, for instance because the steps are too large for the drift; the
+                times do not rise, or there is no scheme of that order.
         """
-        times = torch.as_tensor(times, dtype=torch.float64).tolist()
-        if steps < 1 or any(later <= earlier for earlier, later in itertools.pairwise(times)):
-            raise UserError(f"simulate has steps={steps} and times={times}, expected at least 1 and rising times")
-        paths = [x]
-        for start, stop in itertools.pairwise(times):
-            h = (stop - start) / steps
-            for n in range(steps):
-                t = start + n * h
-                noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-                x = x + h * self.drift(x, t) + h**0.5 * act(self.diffusion(x, t), noise)
-            paths.append(x)
-        return torch.stack(paths)
+        from diffusion.fokker_planck.simulation import simulate  # it needs this class
+
+        return simulate(self, x, times, steps, generator, order)
 
     def _call(self, name: str, function: Function, x: Tensor, t: Tensor | float) -> Tensor:
         if x.dim() != 2:
@@ -149,7 +141,7 @@ class FokkerPlanck:
 
     def _takes_number(self, name: str, function: Function, x: Tensor, t: Tensor) -> bool:
         """Whether the function wants the time as one number: asked with a number of points that is no dimension."""
-        probe, reasons = x[:1].detach().expand(x.shape[1] + 2, -1), []
+        probe, reasons = x[:1].detach().repeat(x.shape[1] + 2, 1), []
         for of_number in (False, True):
             try:
                 self._checked(name, function(probe, t if of_number else t.expand(len(probe))), probe)

@@ -11,6 +11,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -131,9 +132,14 @@ def _difference(a: Tensor, b: Tensor, up_to_factor: bool = False) -> float:
     return float((a - b).abs().max()) / max(float(a.abs().max()), 1e-300)
 
 
+@lru_cache
+def _gauss(points: int) -> tuple[Sequence[float], Sequence[float]]:
+    return leggauss(points)
+
+
 def mean_over(values: Callable[[float], Tensor], start: float, stop: float, points: int = 4) -> Tensor:
     """The mean of a function of time, by Gauss and Legendre's rule."""
-    nodes, weights = leggauss(points)
+    nodes, weights = _gauss(points)
     middle, half = (start + stop) / 2, (stop - start) / 2
     return sum(
         float(weight) / 2 * values(middle + half * float(node)) for node, weight in zip(nodes, weights, strict=True)
@@ -174,3 +180,79 @@ def uniformised(apply: Callable[[Tensor], Tensor], state: Tensor, duration: floa
         if weight > 0:
             total = total + float(weight) * state
     return total / float(weights.sum())
+
+
+def largest(apply: Callable[[Tensor], Tensor], like: Tensor, products: int = 12) -> float:
+    """An upper bound of the spectrum of -A, for a symmetric A of states like `like` (1, n): for `chebyshev`.
+
+    The largest Ritz value of some steps of Lanczos and the last off-diagonal (Zhou & Li 2011).
+    """
+    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    now, before, beta, diagonal, betas = noise.to(like) / float(noise.norm()), torch.zeros_like(like), 0.0, [], []
+    for _ in range(min(products, like.shape[1])):
+        following = -apply(now) - beta * before
+        diagonal.append(float((following * now).sum()))
+        following = following - diagonal[-1] * now
+        beta = float(following.norm())
+        betas.append(beta)
+        if beta < 1e-14 * max(map(abs, diagonal)):
+            break
+        before, now = now, following / beta
+    off = torch.tensor(betas[:-1], dtype=torch.float64)
+    ritz = torch.linalg.eigvalsh(torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + torch.diag(off, -1))
+    return max(0.0, float(ritz[-1])) + beta
+
+
+def krylov(
+    apply: Callable[[Tensor], Tensor], state: Tensor, duration: float, tolerance: float = 1e-14, size: int = 60
+) -> Tensor:
+    """exp(duration A) state, for any A, by Arnoldi's method with as many substeps as the tolerance asks for.
+
+    Args:
+        tolerance: of the error over the whole duration, relative to the norm of the state (Saad 1992, eq. 27).
+        size: most products in a substep.
+
+    Raises:
+        UserError: A is so large, or so far from normal, that MOST_STEPS substeps do not do.
+    """
+    done, tau = 0.0, duration
+    for _ in range(MOST_STEPS):
+        length = float(state.norm())
+        if done >= duration or length == 0:
+            return state
+        basis, hessenberg, residual = _arnoldi(apply, state / length, size)
+        number = len(hessenberg)
+        augmented = torch.zeros(number + 1, number + 1, dtype=torch.float64)
+        augmented[:number, :number], augmented[0, number] = hessenberg, 1
+        tau = min(tau, duration - done)
+        while True:
+            exponential = torch.linalg.matrix_exp(tau * augmented)
+            error = abs(residual * float(exponential[number - 1, number]))
+            if error <= tolerance * tau / duration:
+                break
+            tau = tau * max(0.2, 0.9 * (tolerance * tau / duration / error) ** (1 / number))
+        column = (length * exponential[:number, 0]).to(state)
+        state, done, tau = (column @ basis).reshape(state.shape), done + tau, 1.5 * tau
+        if duration - done < 1e-14 * duration:
+            return state
+    raise UserError(f"the exponential over {duration:.3g} needs over {MOST_STEPS} substeps; take fewer functions")
+
+
+def _arnoldi(apply: Callable[[Tensor], Tensor], unit: Tensor, size: int) -> tuple[Tensor, Tensor, float]:
+    """Orthonormal vectors (m, B n), A among them (m, m), and the length of what A adds to them."""
+    basis = unit.new_empty(min(size, unit.numel()) + 1, unit.numel())
+    hessenberg = torch.zeros(len(basis), len(basis) - 1, dtype=torch.float64)
+    basis[0] = unit.reshape(-1)
+    for j in range(len(basis) - 1):
+        image = apply(basis[j].reshape(unit.shape)).reshape(-1)
+        norm = float(image.norm())
+        for _ in range(2):
+            parts = basis[: j + 1] @ image
+            image = image - parts @ basis[: j + 1]
+            hessenberg[: j + 1, j] += parts.cpu()
+        left = float(image.norm())
+        if left <= 1e-15 * norm:
+            return basis[: j + 1], hessenberg[: j + 1, : j + 1], 0.0
+        hessenberg[j + 1, j] = left
+        basis[j + 1] = image / left
+    return basis[:-1], hessenberg[:-1], float(hessenberg[-1, -1])

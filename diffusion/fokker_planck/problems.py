@@ -87,7 +87,7 @@ def ornstein_uhlenbeck(
         return -rate * x.square().sum(1) / noise**2
 
     equation = FokkerPlanck(drift, lambda x, t: torch.full_like(x[:, 0], noise))
-    return Problem(equation, start, _box(dim, 6.0), horizon, law_at=law_at, log_stationary=log_stationary)
+    return Problem(equation, start, _box(dim, 8.0), horizon, law_at=law_at, log_stationary=log_stationary)
 
 
 def variance_preserving(

@@ -1,0 +1,171 @@
+"""A box cut into equal cells, and which cell a jump leads to: the geometry of the grid solver."""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.polynomial.legendre import leggauss
+from torch import Tensor
+
+from diffusion.errors import UserError
+
+BOUNDARIES = ("reflecting", "absorbing", "periodic")
+USUAL_CELLS = {1: 256, 2: 128, 3: 48}
+START_POINTS = {1: 4, 2: 3, 3: 2}  # Gauss points an axis, for the cell averages of a law
+AT_ONCE = 1_000_000  # points
+
+
+class Neighbours(NamedTuple):
+    """Where the jump by one offset leads from each cell.
+
+    Attributes:
+        inside: (n,) whether there is a cell.
+        target: (n,) its index; the cell itself where there is none.
+        shifts: the differences of the indices that occur, each with the cells (n,) where it does.
+        lost: indices of the cells where it leads through an absorbing face.
+        fraction: of the jump, up to the face, for those.
+    """
+
+    inside: Tensor
+    target: Tensor
+    shifts: list[tuple[int, Tensor]]
+    lost: Tensor
+    fraction: Tensor
+
+
+class Box:
+    """Cells of equal size, numbered along the last coordinate first.
+
+    Args:
+        domain: (low, high) of each coordinate.
+        cells: for each coordinate, or one number for all.
+        boundary: "reflecting", "absorbing" or "periodic", for each coordinate or one for all.
+
+    Raises:
+        UserError: more than three coordinates, an empty domain, fewer than 3 cells, an unknown boundary.
+    """
+
+    def __init__(
+        self,
+        domain: Sequence[tuple[float, float]],
+        cells: int | Sequence[int] | None = None,
+        boundary: str | Sequence[str] = "reflecting",
+        device: torch.device | str | None = None,
+    ):
+        self.domain = tuple((float(low), float(high)) for low, high in domain)
+        self.dim = len(self.domain)
+        if self.dim not in USUAL_CELLS:
+            raise UserError(f"the domain has {self.dim} coordinates, a grid is for 1, 2 or 3; use particles beyond")
+        for low, high in self.domain:
+            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                raise UserError(f"the domain has the interval ({low}, {high}), expected finite low < high")
+        cells = USUAL_CELLS[self.dim] if cells is None else cells
+        self.cells = (cells,) * self.dim if isinstance(cells, int) else tuple(int(n) for n in cells)
+        if len(self.cells) != self.dim or min(self.cells) < 3:
+            raise UserError(f"cells is {cells}, expected at least 3 for each of the {self.dim} coordinates")
+        self.boundary = (boundary,) * self.dim if isinstance(boundary, str) else tuple(boundary)
+        if len(self.boundary) != self.dim or any(word not in BOUNDARIES for word in self.boundary):
+            raise UserError(
+                f"boundary is {boundary!r}, expected one of {', '.join(BOUNDARIES)}, for all or each of the "
+                f"{self.dim} coordinates"
+            )
+        self.device = torch.device(device or "cpu")
+        self.number = math.prod(self.cells)
+        self.widths = tuple((high - low) / n for (low, high), n in zip(self.domain, self.cells, strict=True))
+        self.volume = math.prod(self.widths)
+        self._neighbours: dict[tuple[int, ...], Neighbours] = {}
+
+    def _tensor(self, values) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.float64, device=self.device)
+
+    @cached_property
+    def spacing(self) -> Tensor:
+        """(d,)."""
+        return self._tensor(self.widths)
+
+    @cached_property
+    def axes(self) -> tuple[Tensor, ...]:
+        """The centres along each coordinate."""
+        return tuple(
+            low + h * (torch.arange(n, dtype=torch.float64, device=self.device) + 0.5)
+            for (low, _), h, n in zip(self.domain, self.widths, self.cells, strict=True)
+        )
+
+    @cached_property
+    def centres(self) -> Tensor:
+        """(n, d)."""
+        return torch.stack(torch.meshgrid(*self.axes, indexing="ij"), -1).reshape(-1, self.dim)
+
+    def wrapped(self, x: Tensor) -> Tensor:
+        """Points (..., d), those beyond a periodic face moved to where they come in again."""
+        if "periodic" not in self.boundary:
+            return x
+        low, high = self._tensor(self.domain).T
+        periodic = torch.tensor([word == "periodic" for word in self.boundary], device=self.device)
+        return torch.where(periodic, low + torch.remainder(x - low, high - low), x)
+
+    def averages(self, log_prob) -> Tensor:
+        """Means (n,) over the cells of the density exp(log_prob(x)), by Gauss and Legendre's rule."""
+        nodes, weights = (torch.from_numpy(v) for v in gauss(START_POINTS[self.dim]))
+        places = torch.cartesian_prod(*[self._tensor(nodes / 2)] * self.dim).reshape(-1, self.dim)
+        shares = torch.cartesian_prod(*[self._tensor(weights / 2)] * self.dim).reshape(len(places), -1).prod(1)
+        total = torch.zeros(self.number, dtype=torch.float64, device=self.device)
+        many = max(1, AT_ONCE // self.number)
+        for some, share in zip(places.split(many), shares.split(many), strict=True):
+            at = (self.centres + self.spacing * some[:, None]).reshape(-1, self.dim)
+            total += share @ log_prob(at).to(total).exp().reshape(len(some), -1)
+        return total
+
+    def neighbours(self, offset: tuple[int, ...]) -> Neighbours:
+        """Where the jump by `offset`, a whole number of cells along each coordinate, leads."""
+        if offset not in self._neighbours:
+            self._neighbours[offset] = self._find(offset)
+        return self._neighbours[offset]
+
+    def _find(self, offset: tuple[int, ...]) -> Neighbours:
+        index = torch.arange(self.number, device=self.device)
+        target = torch.zeros_like(index)
+        first = torch.full((self.number,), math.inf, dtype=torch.float64, device=self.device)  # face that is crossed
+        absorbing = torch.zeros_like(index, dtype=torch.bool)
+        behind = self.number
+        for step, n, word in zip(offset, self.cells, self.boundary, strict=True):
+            behind //= n
+            place = index // behind % n
+            there = place + step
+            if word == "periodic":
+                there = there % n
+            elif step:
+                gap = (n - 0.5 - place) / step if step > 0 else (place + 0.5) / -step
+                nearer = ((there < 0) | (there >= n)) & (gap < first)
+                first = torch.where(nearer, gap, first)
+                absorbing = torch.where(nearer, word == "absorbing", absorbing)
+            target = target * n + there
+        inside = torch.isinf(first)
+        target = torch.where(inside, target, index)
+        by = target - index
+        shifts = [(int(s), inside & (by == s)) for s in by[inside].unique() if s != 0]
+        lost = (absorbing & ~inside).nonzero()[:, 0]
+        return Neighbours(inside, target, shifts, lost, first[lost])
+
+
+@lru_cache
+def gauss(points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss and Legendre's nodes and weights on [-1, 1]."""
+    return leggauss(points)
+
+
+@lru_cache
+def line_rule(points: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gauss and Legendre's nodes and weights on [0, 1], and the matrix of integrals from 0 to each node.
+
+    The entry (q, r) is the integral from 0 to node q of the polynomial that is 1 at node r and 0 at the others.
+    """
+    nodes, weights = (torch.from_numpy(v) for v in gauss(points))
+    nodes, weights = (nodes + 1) / 2, weights / 2
+    powers = torch.arange(points, dtype=torch.float64)
+    values = nodes[:, None] ** powers
+    integrals = nodes[:, None] ** (powers + 1) / (powers + 1)
+    return nodes, weights, torch.linalg.solve(values, integrals, left=False)

@@ -1,0 +1,202 @@
+"""What the Galerkin solver returns."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion.errors import UserError
+from diffusion.fokker_planck.bases import MOST
+from diffusion.fokker_planck.evolution import Evolution
+from diffusion.fokker_planck.products import Product, along
+from diffusion.fokker_planck.weak_form import Tilt
+
+COARSE = 1e-4  # L1 size of the last coefficients above which the expansion has not decayed
+AT_ENDS = 1e-4  # density times length at the ends of a period that the equation does not have
+
+
+class Expansion(NamedTuple):
+    """p = chi (s chi + sum_k c_k phi_k): a product of bases and log chi, points (M, d) -> (M,)."""
+
+    product: Product
+    log_chi: Callable[[Tensor], Tensor]
+
+    def density(self, coefficients: Tensor, steady: float, x: Tensor) -> Tensor:
+        """p (M,) at `x` (M, d); 0 outside the domain."""
+        log_chi = self.log_chi(x)
+        chi = log_chi.exp()
+        value = chi * self.product.evaluate(coefficients, x)
+        if steady:
+            value = value + steady * chi.square()
+        return torch.where(self.product.holds(x), value, 0.0)
+
+
+@dataclass(frozen=True)
+class GalerkinSolution:
+    """Densities at K times.
+
+    Attributes:
+        times: (K,).
+        coefficients: c of p = chi (s chi + sum_k c_k phi_k), (K, N_1, ..., N_d).
+        steady: s, the weight of the stationary state; 0 but in the symmetrised form.
+        nodes: of each axis (N_i,).
+        weights: of the nodes (N_1, ..., N_d): integrals over the domain.
+        values: densities at the nodes, (K, N_1, ..., N_d).
+        mass_error: |mass - 1|, (K,).
+        most_negative: the least density at the nodes where that is negative, otherwise 0, (K,).
+        truncation: L1 size of the density's part in the last eighth of the degrees along each axis, (K, d).
+        at_ends: the density at the ends of each axis, over the others, times the length (K, d); in the symmetrised form
+            that of p / chi.
+        standard_errors: of the coefficients at the first time, where they come from samples.
+        steps, error: in time, see `Evolution`.
+        expansion: what the coefficients are of.
+    """
+
+    times: tuple[float, ...]
+    coefficients: Tensor
+    steady: float
+    nodes: tuple[Tensor, ...]
+    weights: Tensor
+    values: Tensor
+    mass_error: Tensor
+    most_negative: Tensor
+    truncation: Tensor
+    at_ends: Tensor
+    standard_errors: Tensor | None
+    steps: int
+    error: float
+    expansion: Expansion
+
+    @classmethod
+    def of(
+        cls,
+        expansion: Expansion,
+        tilt: Tilt,
+        times: Sequence[float],
+        evolution: Evolution,
+        steady: float,
+        errors: Tensor | None,
+    ) -> "GalerkinSolution":
+        """From the states (K, 1, size) of an evolution."""
+        product, states = expansion.product, evolution.states[:, 0]
+        chi = tilt.log.exp()
+        numbers = product.numbers(states).reshape(len(states), -1) + steady * chi * product.roots
+        coefficients = product.coefficients(states)
+        values = (numbers * chi / product.roots).reshape(-1, *product.shape)
+        if tilt.symmetrised:  # of p and not of p / chi, which is largest where p is negligible
+            truncation = _tails(product, product.to_modes((numbers * chi).reshape(values.shape)), product.roots)
+            u = numbers
+        else:
+            truncation = _tails(product, coefficients, chi * product.roots)
+            u = numbers * chi
+        return cls(
+            times=tuple(times),
+            coefficients=coefficients,
+            steady=steady,
+            nodes=product.nodes,
+            weights=product.roots.square().reshape(product.shape),
+            values=values,
+            mass_error=(numbers @ (chi * product.roots) - 1).abs(),
+            most_negative=values.reshape(len(states), -1).amin(1).clamp_max(0),
+            truncation=truncation,
+            at_ends=_ends(product, (u * product.roots).reshape(values.shape)),
+            standard_errors=errors,
+            steps=evolution.steps,
+            error=evolution.error,
+            expansion=expansion,
+        )
+
+    def density(self, x: Tensor, k: int = -1) -> Tensor:
+        """p (M,) at the points `x` (M, d) and the time of number k; 0 outside the domain."""
+        dim = self.expansion.product.dim
+        if x.dim() != 2 or x.shape[1] != dim:
+            raise UserError(f"points have shape {tuple(x.shape)}, expected (M, {dim})")
+        return self.expansion.density(self.coefficients[k], self.steady, x.to(self.values))
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Means (K, d) and covariances (K, d, d), by the weights of the nodes."""
+        points = self.expansion.product.points
+        share = self.values.reshape(len(self.values), -1) * self.weights.reshape(-1)
+        mean = share @ points
+        second = torch.einsum("kn,ni,nj->kij", share, points, points)
+        return mean, second - mean[:, :, None] * mean[:, None]
+
+    def positive(self) -> "PositiveDensity":
+        """The densities with what is negative cut off, scaled to mass 1.
+
+        With negative mass m the change is m + m in L1: cut off, and taken from the rest. Masses are by the rule of
+        bases of twice the order.
+        """
+        product = self.expansion.product
+        fine = Product([b.of_order(min(2 * b.order, MOST - 1)) for b in product.bases], device=self.values.device)
+        numbers = self.coefficients
+        for axis, (basis, nodes) in enumerate(zip(product.bases, fine.nodes, strict=True)):
+            numbers = along(basis.functions(nodes), numbers, axis)
+        chi = self.expansion.log_chi(fine.points).exp()
+        values = chi * (numbers.reshape(len(numbers), -1) + self.steady * chi)
+        weights = fine.roots.square()
+        return PositiveDensity(self, values.clamp_min(0) @ weights, (-values).clamp_min(0) @ weights)
+
+    def warn_where_coarse(self, cut: Sequence[int] = ()) -> None:
+        """Warns where the coefficients have not decayed, or a density reaches the ends of an axis of `cut`."""
+        known = self.truncation[1:] if self.standard_errors is not None else self.truncation
+        if known.numel() and not float(known.max()) <= COARSE:
+            k, axis = divmod(int(known.argmax()), known.shape[1])
+            time = self.times[k + len(self.times) - len(known)]
+            warnings.warn(
+                f"the expansion has not decayed: at t={time:.4g} the last eighth of the degrees of axis {axis} still "
+                f"carries {float(known.max()):.2g} (L1), expected below {COARSE:.2g}; take more functions, or a basis "
+                "that is nearer to the density",
+                stacklevel=3,
+            )
+        for axis in cut:
+            basis = self.expansion.product.bases[axis]
+            share = float(self.at_ends[1 if self.steady else 0 :, axis].amax()) if len(self.times) > 1 else 0.0
+            if share > AT_ENDS:
+                warnings.warn(
+                    f"drift or covariance differ at the ends of axis {axis}, from {basis.low} to {basis.high}, which "
+                    f"are the same point to Fourier functions, and what is expanded, times the length, is "
+                    f"{share:.2g} there, expected below {AT_ENDS:.2g}; take a wider domain, or Legendre functions",
+                    stacklevel=3,
+                )
+
+
+class PositiveDensity(NamedTuple):
+    """max(p, 0) / Z.
+
+    Attributes:
+        solution: p.
+        scale: Z at each time (K,).
+        negative: the mass that was cut off, (K,).
+    """
+
+    solution: GalerkinSolution
+    scale: Tensor
+    negative: Tensor
+
+    def density(self, x: Tensor, k: int = -1) -> Tensor:
+        """(M,) at the points `x` (M, d) and the time of number k."""
+        return self.solution.density(x, k).clamp_min(0) / self.scale[k]
+
+
+def _tails(product: Product, coefficients: Tensor, size: Tensor) -> Tensor:
+    """L1 norms (K, d) of the parts in the last eighth of the degrees along each axis; `size` is chi sqrt(w) (n,)."""
+    tails = []
+    for axis, basis in enumerate(product.bases):
+        first = int((basis.degrees <= int(basis.degrees[-1]) * 7 / 8).sum())
+        part = coefficients.clone()
+        part.movedim(axis + 1, 1)[:, :first] = 0
+        tails.append(product.from_modes(part).reshape(len(part), -1).abs() @ size)
+    return torch.stack(tails, 1)
+
+
+def _ends(product: Product, masses: Tensor) -> Tensor:
+    """The larger of the masses at the first and the last node of each axis, times the number of nodes, (K, d)."""
+    sums = [
+        m.reshape(len(masses), 2, -1).abs().sum(2).amax(1) * product.shape[i]
+        for i, m in enumerate(masses.movedim(i + 1, 1)[:, [0, -1]] for i in range(product.dim))
+    ]
+    return torch.stack(sums, 1)

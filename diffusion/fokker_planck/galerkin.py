@@ -1,0 +1,252 @@
+"""The density expanded in test functions: spectral accuracy where it is smooth."""
+
+import itertools
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from diffusion.errors import UserError
+from diffusion.fokker_planck.bases import Basis, Fourier
+from diffusion.fokker_planck.equation import FokkerPlanck
+from diffusion.fokker_planck.evolution import Operator, evolve, mean_over
+from diffusion.fokker_planck.expansion import Expansion, GalerkinSolution
+from diffusion.fokker_planck.gibbs import GibbsRoot
+from diffusion.fokker_planck.laws import Law
+from diffusion.fokker_planck.products import Product
+from diffusion.fokker_planck.weak_form import Tilt, WeakOperator, coefficients, plain_tilt
+
+REMEMBERED = 3  # operators
+EPSILON = 1.1e-16  # rounding of float64
+OVERFLOW = 600.0  # log
+UNUSABLE = 1e-2  # error in L1
+
+
+class WeakSolver(ABC):
+    """What solvers in test functions share: the start, the evolution of its coefficients, and what is looked at.
+
+    Attributes:
+        product: of the bases.
+        symmetrised: whether p is expanded over the root of the Gibbs density.
+        lost: mass outside the domain above which there is a warning.
+    """
+
+    order = 4  # in time
+    product: Product
+    symmetrised: bool = False
+    lost: float = 1e-6
+
+    @abstractmethod
+    def _expansion(self, times: list[float]) -> tuple[Expansion, Tilt]:
+        """The functions that the density is expanded in, and chi at the nodes."""
+
+    @abstractmethod
+    def _mean(self, tilt: Tilt) -> Callable[[float, float], Operator]:
+        """(t, t') -> the mean operator over that time; the same one where it is the same."""
+
+    @abstractmethod
+    def _cut_axes(self, time: float) -> list[int]:
+        """Periodic axes at whose ends drift or covariance differ."""
+
+    def solve(
+        self,
+        start: Law | Tensor,
+        times: Sequence[float] | Tensor,
+        tolerance: float = 1e-8,
+        steps: int | None = None,
+    ) -> GalerkinSolution:
+        """The density at the rising `times`, from `start` at the first of them.
+
+        Args:
+            start: a law, or samples (M, d) of it.
+            tolerance: of the error in time, in L1, and of that by rounding.
+            steps: of equal length between each two times, instead of chosen by the tolerance.
+
+        Warns:
+            the domain loses mass; the coefficients have not decayed; the density reaches the ends of a period.
+
+        Raises:
+            UserError: the equation or the start is not fit for the bases; the message has the figure.
+        """
+        times = torch.as_tensor(times, dtype=torch.float64).reshape(-1).tolist()
+        if not times or any(not later > earlier for earlier, later in itertools.pairwise(times)):
+            raise UserError(f"times are {times}, expected at least one, rising")
+        if not tolerance > 0 or (steps is not None and steps < 1):
+            raise UserError(f"tolerance={tolerance} and steps={steps}, expected positive numbers")
+        expansion, tilt = self._expansion(times)
+        if isinstance(start, Tensor):
+            state, errors = self._from_samples(start, expansion)
+        else:
+            state, errors = self._from_law(start, tilt, tolerance), None
+        steady = torch.zeros((), dtype=state.dtype, device=state.device)
+        if self.symmetrised:
+            steady = (state @ tilt.mass) / (tilt.mass @ tilt.mass)
+            state = state - steady * tilt.mass
+        size = self.product.roots * tilt.log.exp()
+
+        def norm(difference: Tensor) -> float:
+            return float((size * self.product.numbers(difference).reshape(-1)).abs().sum())
+
+        evolution = evolve(self._mean(tilt), state[None], times, norm, tolerance, steps, extrapolate=True)
+        solution = GalerkinSolution.of(expansion, tilt, times, evolution, float(steady), errors)
+        solution.warn_where_coarse(self._cut_axes(times[0]))
+        return solution
+
+    def _from_law(self, law: Law, tilt: Tilt, tolerance: float) -> Tensor:
+        points, roots = self.product.points, self.product.roots
+        try:
+            log_density = law.log_prob(points)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"start.log_prob(x) fails for x {tuple(points.shape)}: {error}") from error
+        if not isinstance(log_density, Tensor) or tuple(log_density.shape) != (len(points),):
+            shown = tuple(log_density.shape) if isinstance(log_density, Tensor) else type(log_density).__name__
+            raise UserError(f"start.log_prob(x) gives {shown} for x {tuple(points.shape)}, expected {(len(points),)}")
+        log_density = log_density.to(points)
+        log_ratio = log_density - tilt.log
+        if not bool((log_density < torch.inf).all()) or (not self.symmetrised and float(log_ratio.max()) > OVERFLOW):
+            raise UserError("the start is infinite, or far wider than the basis: p / chi overflows; take a wider basis")
+        held = float((roots.square() * log_density.exp()).sum())
+        if held <= 0:
+            raise UserError(
+                "the start has no mass at the nodes, expected it inside the domain and wider than their gaps"
+            )
+        self._warn_of_loss(1 - held)
+        numbers = roots * log_ratio.clamp_max(OVERFLOW).exp() / held
+        if self.symmetrised:
+            numbers = self._capped(numbers, tilt, tolerance)
+        return self.product.state(numbers.reshape(1, *self.product.shape))[0]
+
+    def _from_samples(self, samples: Tensor, expansion: Expansion) -> tuple[Tensor, Tensor]:
+        """The state whose coefficients are means of the test functions, and their standard errors."""
+        if samples.dim() != 2 or samples.shape[1] != self.product.dim or len(samples) < 2:
+            raise UserError(
+                f"samples have shape {tuple(samples.shape)}, expected (M, {self.product.dim}), M at least 2"
+            )
+        samples = samples.to(self.product.points)
+        if not bool(torch.isfinite(samples).all()):
+            raise UserError("the samples are not all finite")
+        inside = self.product.holds(samples)
+        self._warn_of_loss(1 - float(inside.double().mean()))
+        samples = samples[inside]
+        if len(samples) < 2:
+            raise UserError("fewer than 2 samples are inside the domain, expected it to hold nearly all")
+        means, errors = self.product.moments(samples, (-expansion.log_chi(samples)).exp())
+        if not bool(torch.isfinite(means).all()):
+            raise UserError("a test function overflows at a sample: the samples are far wider than the basis")
+        numbers = self.product.from_modes(means[None])
+        return self.product.state(numbers)[0], errors
+
+    def _warn_of_loss(self, loss: float) -> None:
+        if abs(loss) > self.lost:
+            warnings.warn(
+                f"the domain and its nodes hold {1 - loss:.8g} of the mass at the start, which differs from 1 by "
+                f"{abs(loss):.2g}, above {self.lost:.2g}; it is scaled to 1: take a wider domain or more functions",
+                stacklevel=4,
+            )
+
+    def _capped(self, numbers: Tensor, tilt: Tilt, tolerance: float) -> Tensor:
+        """p / sqrt(pi), cut off at the height that costs the least.
+
+        Far out it is large where the start is wider than pi, and rounding is relative to the largest number. The mass
+        cut off and eps |u| |c|, a bound of what rounding costs in L1, are balanced.
+        """
+        roots, chi = self.product.roots, tilt.log.exp()
+        c, u = (chi * roots).norm(), numbers / roots
+        caps = torch.logspace(-float(c.log10()), max(float(u.max().log10()), -float(c.log10())), 64, dtype=u.dtype)
+        capped = torch.minimum(u, caps.to(u)[:, None]) * roots
+        cost = (numbers - capped) @ (chi * roots) + EPSILON * capped.norm(dim=1) * c
+        best = int(cost.argmin())
+        if float(cost[best]) > tolerance:
+            message = (
+                f"the start is wide beside the Gibbs density pi: p / sqrt(pi) is so large that rounding may cost "
+                f"{float(cost[best]):.2g} (L1), above the tolerance {tolerance:.2g}; take symmetrised=False"
+            )
+            if float(cost[best]) > UNUSABLE:
+                raise UserError(message)
+            warnings.warn(message, stacklevel=4)
+        return capped[best] / (capped[best] @ (chi * roots))
+
+
+class GalerkinSolver(WeakSolver):
+    """Solves the weak form of an equation in a product of bases, see `weak_form`.
+
+    The mass is kept to rounding. Where the operator does not change in time, or by a factor only, the solution is exact
+    in time; otherwise steps of order 4 are chosen by the tolerance. The density may be negative where it is small: how
+    much is reported, and `GalerkinSolution.positive` takes it away.
+
+    Args:
+        equation: in d = 1, 2 or 3 coordinates.
+        bases: of the d coordinates: Hermite, Fourier (periodic) or Legendre (reflecting).
+        symmetrised: expand p / sqrt(pi), for a reversible equation of Gibbs density pi: the operator is symmetric, the
+            stationary state is kept exactly, and many unknowns cost less. For starts that are not much wider than pi,
+            and domains that end where sqrt(pi) is next to nothing (Fourier) or p is (Legendre).
+        keep: mask of the modes to keep, from `total_degree(bases)` or `hyperbolic_cross(bases)`.
+        lost: mass outside the domain above which there is a warning.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        equation: FokkerPlanck,
+        bases: Sequence[Basis],
+        symmetrised: bool = False,
+        keep: Tensor | None = None,
+        lost: float = 1e-6,
+        device: torch.device | str | None = None,
+    ):
+        self.equation, self.symmetrised, self.lost = equation, symmetrised, lost
+        self.product = Product([bases] if isinstance(bases, Basis) else bases, keep, device)
+
+    def matrix(self, time: float = 0.0) -> Tensor:
+        """A of du/dt = A u at a time, (size, size), for states as `Product` holds them."""
+        _, tilt = self._expansion([time])
+        return WeakOperator(self.product, tilt, coefficients(self.equation, self.product, tilt, time)).matrix()
+
+    def _expansion(self, times: list[float]) -> tuple[Expansion, Tilt]:
+        points = self.product.points
+        self.equation.drift(points[:1], times[0])  # first of all, whether it has as many coordinates as there are bases
+        if self.symmetrised:
+            root = GibbsRoot(self.equation, self.product, times[0])
+            slope = root.slopes
+            for time in times[1:]:
+                moved = float((GibbsRoot.slope_at(self.equation, points, time) - slope).abs().max())
+                if moved > 1e-9 * max(1.0, float(slope.abs().max())):
+                    raise UserError(
+                        f"the Gibbs density changes in time: the slope of its logarithm moves by {2 * moved:.3g} from "
+                        f"t={times[0]:.4g} to {time:.4g}; take symmetrised=False"
+                    )
+            return Expansion(self.product, root), Tilt.of(self.product, root(points), slope, symmetrised=True)
+        return Expansion(self.product, self.product.log_tilt), plain_tilt(self.product)
+
+    def _cut_axes(self, time: float) -> list[int]:
+        axes, some = [], self.product.points[:: max(1, len(self.product.points) // 64)]
+        for i, basis in enumerate(self.product.bases):
+            if isinstance(basis, Fourier):
+                low, high = some.clone(), some.clone()
+                low[:, i], high[:, i] = basis.low, basis.high
+                for function in (self.equation.drift, self.equation.covariance):
+                    at_low, at_high = function(low, time), function(high, time)
+                    if float((at_low - at_high).abs().max()) > 1e-9 * max(1.0, float(at_low.abs().max())):
+                        axes.append(i)
+                        break
+        return axes
+
+    def _mean(self, tilt: Tilt) -> Callable[[float, float], WeakOperator]:
+        known: list[WeakOperator] = []
+
+        def values(t: float) -> Tensor:
+            return coefficients(self.equation, self.product, tilt, t)
+
+        def mean(start: float, stop: float) -> WeakOperator:
+            new = mean_over(values, start, stop)
+            scale = float(new.abs().max())
+            for operator in known:
+                if operator.values.shape == new.shape and float((operator.values - new).abs().max()) <= 1e-15 * scale:
+                    return operator
+            known.append(WeakOperator(self.product, tilt, new))
+            del known[:-REMEMBERED]
+            return known[-1]
+
+        return mean

@@ -1,0 +1,136 @@
+"""The Markov chain of jumps between cells as an operator: products, and its exponential without a negative density."""
+
+import math
+
+import torch
+from scipy.special import ive
+from torch import Tensor
+
+from diffusion.errors import UserError
+from diffusion.fokker_planck.box import Box
+from diffusion.fokker_planck.evolution import NEGLIGIBLE, Operator, uniformised
+from diffusion.fokker_planck.jumps import Jumps
+
+GROWTH = 1e2  # of the terms of a series, which costs as many digits
+CHECKED_EVERY = 8  # terms
+FEW_JUMPS = 64  # for which uniformisation is as cheap as the series
+CHUNK = 256.0  # jumps by uniformisation, before the series is tried again
+
+
+class JumpProcess(Operator):
+    """The generator A of the chain: columns sum to 0, and nothing but the diagonal is negative.
+
+    A state (B, n) holds the mass of each cell, or (B, n + 1), with the absorbed mass last, where the box has an
+    absorbing face. Products are sums over bands: index differences s, with the rates up, from i to i + s, and down.
+
+    `advance` takes the series of Chebyshev polynomials as far as these do not grow, which is far where drift is small
+    next to noise; where they grow, it halves the step, and in the end uniformises. The series leaves noise of about
+    1e-16 times the growth, at most 1e-13 of the mass: what is negative is set to 0 and the mass is restored. Densities
+    below that are noise, too; uniformisation has none.
+    """
+
+    def __init__(self, box: Box, jumps: Jumps):
+        self.jumps = jumps
+        n = self.number = box.number
+        self.absorbing = "absorbing" in box.boundary
+        self.bands: dict[int, tuple[Tensor, Tensor]] = {}
+        for e, (forward, backward) in jumps.rates.items():
+            for shift, mask in box.neighbours(e).shifts:
+                size = abs(shift)
+                if shift > 0:
+                    up, down = ((rate * mask)[: n - size] for rate in (forward, backward))
+                else:
+                    up, down = ((rate * mask)[size:] for rate in (backward, forward))
+                if size in self.bands:
+                    up, down = self.bands[size][0] + up, self.bands[size][1] + down
+                self.bands[size] = up, down
+        self.exit = jumps.lost.clone()
+        for size, (up, down) in self.bands.items():
+            self.exit[: n - size] += up
+            self.exit[size:] += down
+        self.rate = float(self.exit.max())
+        if not math.isfinite(self.rate):
+            raise UserError(f"the rates of the grid are not finite: {self.rate}; is the drift bounded on the domain?")
+        self._probe = torch.rand(
+            1, n + self.absorbing, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        ).to(box.device)
+        self._step = math.inf
+
+    @property
+    def values(self) -> Tensor:
+        """What the chain does to a fixed state of random numbers; linear in the rates."""
+        return self.apply(self._probe)[0]
+
+    def apply(self, state: Tensor) -> Tensor:
+        """A state."""
+        result = torch.empty_like(state)
+        n = self.number
+        cells, out = state[:, :n], result[:, :n]
+        torch.mul(cells, -self.exit, out=out)
+        for size, (up, down) in self.bands.items():
+            out[:, size:].addcmul_(cells[:, : n - size], up)
+            out[:, : n - size].addcmul_(cells[:, size:], down)
+        if self.absorbing:
+            result[:, n] = cells @ self.jumps.lost
+        return result
+
+    def advance(self, state: Tensor, duration: float) -> Tensor:
+        left = duration
+        while left > 1e-14 * duration and self.rate > 0:
+            step = min(left, self._step)
+            following = None
+            if self.rate * step > FEW_JUMPS:
+                following, possible = self._series(state, step)
+                self._step = possible if following is not None else min(possible, step / 2)
+            else:
+                step = min(left, CHUNK / self.rate)
+                following = uniformised(self.apply, state, step, self.rate)
+                self._step = 8 * step
+            if following is not None:
+                state, left = self._kept(following, state), left - step
+        if not bool(torch.isfinite(state).all()):
+            raise UserError(f"the density is not finite after a step of {duration:.3g}")
+        return state
+
+    @staticmethod
+    def _kept(following: Tensor, state: Tensor) -> Tensor:
+        following = following.clamp_min(0)
+        return following * (state.sum(1, keepdim=True) / following.sum(1, keepdim=True).clamp_min(1e-300))
+
+    def _series(self, state: Tensor, duration: float) -> tuple[Tensor | None, float]:
+        """The sum of I_k(z) T_k(1 + A / rate), z = rate duration, and the longest step that is possible.
+
+        None where the terms grow: T_k like exp(c k) makes terms up to exp(c^2 z / 2). What is summed is
+        +T_0 +T_1 -T_2 -T_3 +T_4 ..., which needs no subtraction in place.
+        """
+        z = self.rate * duration
+        weights = ive(range(int(14 * math.sqrt(z) + 40)), z)
+        n, scale = self.number, 2 / self.rate
+        diagonal, lost = 2 - scale * self.exit, scale * self.jumps.lost
+        bands = [(size, scale * up, scale * down) for size, (up, down) in self.bands.items()]
+        before, now = state.clone(), state + self.apply(state) / self.rate
+        programme = []  # the views of one buffer that a product reads, and of the other that it adds to
+        for source, sink in ((now, before), (before, now)):
+            moves = [(sink[:, :n], source[:, :n], diagonal)]
+            for size, up, down in bands:
+                moves.append((sink[:, size:n], source[:, : n - size], up))
+                moves.append((sink[:, : n - size], source[:, size:n], down))
+            programme.append((sink, source, moves))
+        total = float(weights[0]) * before + 2 * float(weights[1]) * now
+        mass = state.abs().sum(1)
+        for k in range(2, len(weights)):
+            sign = 1 if k % 2 else -1
+            sink, source, moves = programme[k % 2]
+            for into, of, rates in moves:
+                into.addcmul_(of, rates, value=sign)
+            if self.absorbing:
+                sink[:, n] += sign * (2 * source[:, n] + source[:, :n] @ lost)
+            total.add_(sink, alpha=2 * float(weights[k]) * (1 if k % 4 < 2 else -1))
+            if k % CHECKED_EVERY == 0:
+                growth = float((sink.abs().sum(1) / mass).max())
+                possible = 2 * math.log(GROWTH) / max(math.log(max(growth, 1.0)) / k, 1e-9) ** 2 / self.rate
+                if not weights[k] * growth <= GROWTH:
+                    return None, possible
+                if weights[k] * growth < NEGLIGIBLE:
+                    return total, possible
+        return None, possible

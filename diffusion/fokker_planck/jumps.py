@@ -1,0 +1,193 @@
+"""The Fokker-Planck equation on a grid as jumps between cells, at rates that fit the exponentials between them.
+
+Along a line the current is J = -D exp(psi) d(p exp(-psi)), psi' = (f - D') / D with D = a / 2, and a current that is
+constant from one centre to the next takes p from x_k to x_(k+1) at the rate 1 / (h int exp(psi(x_k) - psi) / D)
+(Scharfetter & Gummel 1969; Allen & Southwell 1955). With phi' = f / D this is D_k / (h int exp(phi_k - phi)): D is not
+differentiated. Rates of both directions have the ratio exp(psi_(k+1) - psi_k), so that a Gibbs state is stationary, to
+rounding; their upwind limit for vanishing noise is |f| / h. Coordinates with noise of their own are lines; a full
+matrix is first split into lines by Selling's decomposition.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion.fokker_planck.box import Box, line_rule
+from diffusion.fokker_planck.equation import FokkerPlanck, act
+from diffusion.fokker_planck.selling import selling
+
+POINTS = 4  # of Gauss' rule between two centres
+STEEPEST = 700.0  # largest difference of psi between two centres: less noise than that is as good as none
+THINNEST = 1e-3  # least ratio of the eigenvalues of a full matrix, in units of cells
+TINY = 1e-300
+
+Offset = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Jumps:
+    """Rates, per unit of time, out of each cell x of a box.
+
+    Attributes:
+        rates: for each offset e: (2, n), from x to x + e and from x + e to x; 0 where x + e is no cell.
+        lost: (n,), through absorbing faces.
+        way: (d, n), the same times the way from the centre to the face.
+    """
+
+    rates: dict[Offset, Tensor]
+    lost: Tensor
+    way: Tensor
+
+
+def mean_jumps(weights: list[float], parts: list[Jumps]) -> Jumps:
+    """The weighted sum."""
+    rates: dict[Offset, Tensor] = {}
+    for weight, part in zip(weights, parts, strict=True):
+        for e, values in part.rates.items():
+            rates[e] = rates[e] + weight * values if e in rates else weight * values
+    lost = sum(weight * part.lost for weight, part in zip(weights, parts, strict=True))
+    return Jumps(rates, lost, sum(weight * part.way for weight, part in zip(weights, parts, strict=True)))
+
+
+def jumps_at(equation: FokkerPlanck, box: Box, time: float) -> Jumps:
+    """The rates at one time.
+
+    Warns:
+        a full matrix is so nearly singular that noise had to be added.
+    """
+    a = equation.covariance(box.centres, time)
+    if a.dim() == 3 and not bool((a - torch.diag_embed(a.diagonal(dim1=1, dim2=2))).any()):
+        a = a.diagonal(dim1=1, dim2=2)
+    lines = _Matrix(equation, box, time, a) if a.dim() == 3 else _Axes(equation, box, time, a)
+    rates: dict[Offset, Tensor] = {}
+    lost = torch.zeros(box.number, dtype=torch.float64, device=box.device)
+    way = torch.zeros(box.dim, box.number, dtype=torch.float64, device=box.device)
+    for e in lines.offsets:
+        found = box.neighbours(e)
+        here = found.inside.nonzero()[:, 0]
+        rates[e] = torch.zeros(2, box.number, dtype=torch.float64, device=box.device)
+        if len(here):
+            rates[e][:, here] = lines.between(e, here, found.target[here])
+        for sign in (1, -1):
+            signed = tuple(sign * step for step in e)
+            out = box.neighbours(signed)
+            if len(out.lost):
+                leaving = lines.leaving(e, sign, out.lost, out.fraction)
+                lost[out.lost] += leaving
+                vector = box.spacing * torch.tensor(signed, dtype=torch.float64, device=box.device)
+                way[:, out.lost] += vector[:, None] * (leaving * out.fraction)
+    return Jumps(rates, lost, way)
+
+
+def bernoulli(w: Tensor) -> Tensor:
+    """w / (exp(w) - 1), which is 1 at 0."""
+    return torch.where(w.abs() < 1e-5, 1 - w / 2 + w * w / 12, w / torch.expm1(w))
+
+
+class _Axes:
+    """Noise of its own along each coordinate: `a` is (n,) or (n, d)."""
+
+    def __init__(self, equation: FokkerPlanck, box: Box, time: float, a: Tensor):
+        self.equation, self.box, self.time = equation, box, time
+        self.half = a.reshape(box.number, -1).expand(-1, box.dim) / 2
+        self.offsets = [tuple(int(i == j) for j in range(box.dim)) for i in range(box.dim)]
+
+    def between(self, e: Offset, start: Tensor, stop: Tensor) -> Tensor:
+        """Both rates (2, m) of the lines from the cells `start` to the cells `stop`."""
+        axis = e.index(1)
+        w, correction, usual = self._line(start, axis, 1.0)
+        ends = self._own(start, axis, usual), self._own(stop, axis, usual)
+        return torch.stack([ends[0] * bernoulli(-w), ends[1] * bernoulli(w)]) / (
+            correction * self.box.widths[axis] ** 2
+        )
+
+    def leaving(self, e: Offset, sign: int, start: Tensor, fraction: Tensor) -> Tensor:
+        """The rate (m,) from the cells to the face that is the `fraction` of a cell away, along `sign` e."""
+        axis = e.index(1)
+        w, correction, usual = self._line(start, axis, sign * fraction[:, None])
+        width = self.box.widths[axis]
+        return self._own(start, axis, usual) * bernoulli(-w) / (correction * fraction * width**2)
+
+    def _own(self, cells: Tensor, axis: int, usual: Tensor) -> Tensor:
+        """D in the cells; where it vanishes, for instance because the noise is 0 in a point, that of the line."""
+        own = self.half[cells, axis]
+        return torch.where(own < usual / 30, usual, own)
+
+    def _line(self, start: Tensor, axis: int, step: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """The increase of phi, the mean of exp(-phi) over that of a straight phi, and the harmonic mean of D."""
+        nodes, weights, integrals = (v.to(self.box.device) for v in line_rule(POINTS))
+        x = self.box.centres[start][:, None].repeat(1, POINTS, 1)
+        x[..., axis] += step * nodes * self.box.widths[axis]
+        x = self.box.wrapped(x).reshape(-1, self.box.dim)
+        a = self.equation.covariance(x, self.time)
+        if a.dim() == 3:
+            a = a.diagonal(dim1=1, dim2=2)
+        d = a.reshape(len(x), -1).expand(-1, self.box.dim)[:, axis].reshape(-1, POINTS) / 2
+        way = self.equation.drift(x, self.time)[:, axis].reshape(-1, POINTS) * (step * self.box.widths[axis])
+        d = torch.maximum(d, way.abs().amax(1, keepdim=True) / STEEPEST + TINY)
+        slope = way / d
+        w, phi = slope @ weights, slope @ integrals.T
+        log_weights = weights.log()
+        correction = (log_weights - phi).logsumexp(1) - (log_weights - w[:, None] * nodes).logsumexp(1)
+        return w, correction.exp().clamp(0.5, 2.0), 1 / ((1 / d) @ weights)
+
+
+class _Matrix:
+    """A full matrix `a` (n, d, d), split into lines by Selling's decomposition."""
+
+    def __init__(self, equation: FokkerPlanck, box: Box, time: float, a: Tensor):
+        self.equation, self.box, self.time = equation, box, time
+        self.constant = bool((a == a[:1]).all())
+        a = a[:1] if self.constant else a
+        here = box.centres[: len(a)]
+        floored, share = self._floored(a, equation.drift(here, time) / box.spacing)
+        if share > 1e-12:
+            warnings.warn(
+                f"the noise is nearly confined to a line or plane, up to {share:.2g} of its largest eigenvalue was "
+                "added in the other directions; more equal cells, or coordinates along the noise, would need less",
+                stacklevel=4,
+            )
+        self.weights = selling(floored)
+        self.offsets = list(self.weights)
+        self.inverse = torch.linalg.inv(floored) if self.constant else None
+
+    def _floored(self, a: Tensor, drift: Tensor) -> tuple[Tensor, float]:
+        """D in units of cells with its eigenvalues kept from 0, and the largest share that this added."""
+        half = a / (2 * self.box.spacing[:, None] * self.box.spacing)
+        values, vectors = torch.linalg.eigh(half)
+        largest = values[:, -1:]
+        least = THINNEST * largest + drift.norm(dim=1, keepdim=True) * (largest <= 0) / STEEPEST + TINY
+        if bool((values >= least).all()):
+            return half, 0.0
+        share = float(((least - values).clamp_min(0) / largest.clamp_min(TINY)).max())
+        return (vectors * torch.maximum(values, least)[:, None]) @ vectors.mT, share
+
+    def between(self, e: Offset, start: Tensor, stop: Tensor) -> Tensor:
+        w = self._line(start, e, 1.0)
+        rho = (self._rho(e, start) + self._rho(e, stop)) / 2
+        return torch.stack([rho * bernoulli(-w), rho * bernoulli(w)])
+
+    def leaving(self, e: Offset, sign: int, start: Tensor, fraction: Tensor) -> Tensor:
+        return self._rho(e, start) * bernoulli(-self._line(start, e, sign * fraction[:, None])) / fraction
+
+    def _rho(self, e: Offset, cells: Tensor) -> Tensor:
+        return self.weights[e].expand(len(cells)) if self.constant else self.weights[e][cells]
+
+    def _line(self, start: Tensor, e: Offset, step: Tensor | float) -> Tensor:
+        """The increase of psi (m,): the integral of D^-1 (f - 1/2 div a) along the line."""
+        nodes, weights, _ = (v.to(self.box.device) for v in line_rule(POINTS))
+        vector = torch.tensor(e, dtype=torch.float64, device=self.box.device)
+        steps = (step * nodes).expand(len(start), POINTS)[..., None] * vector
+        x = self.box.wrapped(self.box.centres[start][:, None] + steps * self.box.spacing).reshape(-1, self.box.dim)
+        flow = self.equation.drift(x, self.time)
+        if self.constant:
+            inverse = self.inverse.expand(len(x), -1, -1)
+        else:
+            flow = flow - self.equation.covariance_divergence(x, self.time) / 2
+            inverse = torch.linalg.inv(
+                self._floored(self.equation.covariance(x, self.time), flow / self.box.spacing)[0]
+            )
+        slope = (act(inverse, flow / self.box.spacing) * vector).sum(1).reshape(-1, POINTS)
+        return ((slope * step) @ weights).clamp(-STEEPEST, STEEPEST)

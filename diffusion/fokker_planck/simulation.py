@@ -1,0 +1,111 @@
+"""Paths of an SDE dx = f dt + g dw by explicit schemes, each of a declared weak order."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion.errors import UserError
+from diffusion.fokker_planck.equation import FokkerPlanck, act
+
+
+class Noise(NamedTuple):
+    """The randomness of a step of length h.
+
+    Attributes:
+        increments: (B, d), of the Wiener processes: mean 0, variance h, and further moments like the Gaussian's up to
+            the fifth.
+        signs: (B, d, d) antisymmetric, independent +1 or -1 above the diagonal; only the second order reads it.
+    """
+
+    increments: Tensor
+    signs: Tensor
+
+
+def euler_maruyama(equation: FokkerPlanck, x: Tensor, t: float, h: float, noise: Noise) -> Tensor:
+    """Weak order 1, strong order 1/2."""
+    return x + h * equation.drift(x, t) + act(equation.diffusion(x, t), noise.increments)
+
+
+def platen(equation: FokkerPlanck, x: Tensor, t: float, h: float, noise: Noise) -> Tensor:
+    """Weak order 2 for every noise: Kloeden & Platen 1992, eq. 15.1.3, with time as one more coordinate.
+
+    With b_j the columns of g, Y = x + h f + sum_j b_j w_j, R_r = x + h f +- b_r sqrt(h) and U_r = x +- b_r sqrt(h), the
+    drift is averaged over x and Y, and b_j takes the part of its change that R_j and U_r, r != j, show. It needs g at
+    4 d + 1 places, and f at 2.
+    """
+    f, g, dim = equation.drift(x, t), equation.diffusion(x, t), x.shape[1]
+    g = g[:, None].expand_as(x) if g.dim() == 1 else g
+    w, root = noise.increments, h**0.5
+    areas = h * (noise.signs - torch.eye(dim, dtype=x.dtype, device=x.device))
+    total, skewed = 4 * g, torch.zeros_like(x)
+    for r in range(dim):
+        column = torch.zeros_like(x)
+        if g.dim() == 3:
+            column = g[:, :, r]
+        else:
+            column[:, r] = g[:, r]
+        up, down = (
+            _with_column(
+                equation.diffusion(x + sign * root * column, t),
+                equation.diffusion(x + h * f + sign * root * column, t + h),
+                r,
+                g,
+            )
+            for sign in (1, -1)
+        )
+        total = total + up + down - 2 * g
+        skewed = skewed + act(up - down, w * w[:, r : r + 1] + areas[:, r])
+    following = equation.drift(x + h * f + act(g, w), t + h)
+    return x + 0.5 * h * (f + following) + 0.25 * (act(total, w) + skewed / root)
+
+
+def _with_column(others: Tensor, own: Tensor, r: int, like: Tensor) -> Tensor:
+    """`others` with the column `r` of `own`, in the form of g, (B, d) or (B, d, d)."""
+    others, own = (v[:, None].expand_as(like) if v.dim() == 1 else v for v in (others, own))
+    mask = torch.zeros(like.shape[-1], dtype=torch.bool, device=like.device)
+    mask[r] = True
+    return torch.where(mask, own, others)
+
+
+SCHEMES: dict[int, Callable[[FokkerPlanck, Tensor, float, float, Noise], Tensor]] = {1: euler_maruyama, 2: platen}
+
+
+def simulate(
+    equation: FokkerPlanck,
+    x: Tensor,
+    times: Sequence[float] | Tensor,
+    steps: int,
+    generator: torch.Generator | None,
+    order: int,
+) -> Tensor:
+    """See FokkerPlanck.simulate."""
+    times = torch.as_tensor(times, dtype=torch.float64).tolist()
+    if steps < 1 or any(later <= earlier for earlier, later in itertools.pairwise(times)):
+        raise UserError(f"simulate has steps={steps} and times={times}, expected at least 1 and rising times")
+    if order not in SCHEMES:
+        raise UserError(f"simulate has order={order}, expected a weak order of {' or '.join(map(str, SCHEMES))}")
+    paths = [x]
+    for start, stop in itertools.pairwise(times):
+        h = (stop - start) / steps
+        for n in range(steps):
+            x = SCHEMES[order](equation, x, start + n * h, h, _noise(x, h, order, generator))
+            if lost := int((~x.isfinite()).any(1).sum()):
+                raise UserError(
+                    f"{lost} of {len(x)} paths are not finite at t={start + (n + 1) * h:.6g}, after steps of {h:.3g}; "
+                    "take more steps"
+                )
+        paths.append(x)
+    return torch.stack(paths)
+
+
+def _noise(x: Tensor, h: float, order: int, generator: torch.Generator | None) -> Noise:
+    options = {"dtype": x.dtype, "device": x.device}
+    increments = h**0.5 * torch.randn(x.shape, generator=generator, **options)
+    if order == 1:
+        return Noise(increments, x.new_zeros(()))
+    coins = torch.randint(0, 2, (*x.shape, x.shape[1]), generator=generator, **options)
+    upper = (2 * coins - 1).triu(1)
+    return Noise(increments, upper - upper.mT)

@@ -1,0 +1,139 @@
+"""The weak form in a product of bases, as a matrix.
+
+With p = chi u, trial functions chi phi_k and test functions phi_j / chi, d_t E[phi] = int grad phi . J becomes
+
+    d_t u = sum_i G_i^T [(F - D l) u - D grad u]_i,    G_i = d_i - l_i,  l = grad log chi,  D = a / 2,  F = f - div D,
+
+diagonal at the nodes but for a derivative along each axis. The function 1 is among the tests: the mass c . u is kept.
+Where chi is the root of a Gibbs density, F = 2 D l, this is -sum_ij G_i^T D_ij G_j: symmetric, and never growing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion.fokker_planck.equation import FokkerPlanck, act
+from diffusion.fokker_planck.evolution import Operator, chebyshev, krylov, largest
+from diffusion.fokker_planck.products import Product, along
+
+DENSE = 400  # unknowns up to which the matrix is formed
+
+
+@dataclass(frozen=True)
+class Tilt:
+    """chi at the nodes of a product.
+
+    Attributes:
+        log: log chi (n,).
+        slope: l (n, d).
+        mass: the state c (size,) with c . u the mass.
+        symmetrised: whether chi is the root of a Gibbs density. States are then orthogonal to c.
+    """
+
+    log: Tensor
+    slope: Tensor
+    mass: Tensor
+    symmetrised: bool
+
+    @classmethod
+    def of(cls, product: Product, log: Tensor, slope: Tensor, symmetrised: bool = False) -> "Tilt":
+        ones = (product.roots * log.exp()).reshape(1, *product.shape)
+        return cls(log, slope, product.state(ones)[0], symmetrised)
+
+
+def plain_tilt(product: Product) -> Tilt:
+    """That of the bases themselves."""
+    return Tilt.of(product, product.log_tilt(product.points), product.tilt_slope(product.points))
+
+
+def gibbs_push(equation: FokkerPlanck, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """F (n, d) and D as the equation gives it, (n,), (n, d) or (n, d, d)."""
+    half = equation.covariance(x, t) / 2
+    push = equation.drift(x, t)
+    if not bool((half == half[:1]).all()):
+        push = push - equation.covariance_divergence(x, t) / 2
+    return push, half
+
+
+def coefficients(equation: FokkerPlanck, product: Product, tilt: Tilt, t: float) -> Tensor:
+    """F - D l and D at the nodes, (n, d + 1), (n, 2 d) or (n, d + d^2)."""
+    push, half = gibbs_push(equation, product.points, t)
+    turned = act(half, tilt.slope)
+    if not tilt.symmetrised:
+        turned = push - turned
+    return torch.cat([turned, half.reshape(len(half), -1)], 1)
+
+
+class WeakOperator(Operator):
+    """The map of states at one time, or a mean of such maps.
+
+    Args:
+        values: see `coefficients`.
+    """
+
+    def __init__(self, product: Product, tilt: Tilt, values: Tensor):
+        self.product, self.tilt, self.values = product, tilt, values
+        d, grid = product.dim, (-1, *product.shape)
+        self._push = values[:, :d].T.reshape(grid)
+        self._half = values[:, d:].T.reshape(grid).contiguous()
+        self._slope = tilt.slope.T.reshape(grid)
+        self._matrix: Tensor | None = None
+        self._spectrum: tuple[Tensor, Tensor] | None = None
+        self._bound: float | None = None
+        self._exponentials: dict[float, Tensor] = {}
+
+    def apply(self, state: Tensor) -> Tensor:
+        """A state, (B, size)."""
+        u, total = self.product.numbers(state), 0
+        gradient = [along(matrix, u, i) for i, matrix in enumerate(self.product.derivatives)]
+        for i, matrix in enumerate(self.product.derivatives):
+            flux = self._push[i] * u - self._spread(i, gradient)
+            total = total + along(matrix.mT, flux, i) - self._slope[i] * flux
+        return self._projected(self.product.state(total))
+
+    def _spread(self, i: int, gradient: list[Tensor]) -> Tensor:
+        """(D grad u)_i."""
+        d = self.product.dim
+        if len(self._half) <= d:
+            return self._half[min(i, len(self._half) - 1)] * gradient[i]
+        return sum(self._half[d * i + j] * gradient[j] for j in range(d))
+
+    def _projected(self, state: Tensor) -> Tensor:
+        """Without its part along c, where states have none."""
+        return self._with_mass(state, 0.0) if self.tilt.symmetrised else state
+
+    def _with_mass(self, state: Tensor, mass: Tensor | float) -> Tensor:
+        c = self.tilt.mass
+        return state + ((mass - state @ c) / (c @ c)).reshape(-1, 1) * c
+
+    def matrix(self) -> Tensor:
+        """A, (size, size), that of the projected map where states are projected."""
+        if self._matrix is None:
+            eye = torch.eye(self.product.size, dtype=self.values.dtype, device=self.values.device)
+            self._matrix = self.apply(self._projected(eye)).mT
+            if self.tilt.symmetrised:
+                self._matrix = (self._matrix + self._matrix.mT) / 2
+        return self._matrix
+
+    def advance(self, state: Tensor, duration: float) -> Tensor:
+        """exp(duration A) state; what rounding does to the mass is taken back."""
+        if self.product.size > DENSE:
+            after = self._by_products(state, duration)
+        elif self.tilt.symmetrised:
+            if self._spectrum is None:
+                self._spectrum = torch.linalg.eigh(self.matrix())
+            rates, vectors = self._spectrum
+            after = ((state @ vectors) * (duration * rates.clamp_max(0)).exp()) @ vectors.mT
+        else:
+            if duration not in self._exponentials:
+                self._exponentials = {duration: torch.linalg.matrix_exp(duration * self.matrix())}
+            after = state @ self._exponentials[duration].mT
+        return self._with_mass(after, state @ self.tilt.mass)
+
+    def _by_products(self, state: Tensor, duration: float) -> Tensor:
+        if not self.tilt.symmetrised:
+            return krylov(self.apply, state, duration)
+        if self._bound is None:
+            self._bound = largest(self.apply, state[:1])
+        return chebyshev(self.apply, state, duration, self._bound)

@@ -1,0 +1,163 @@
+"""What the Galerkin solver says when it is asked for what it cannot do, and what it reports of negative densities."""
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from diffusion.errors import UserError
+from diffusion.fokker_planck.bases import Fourier, Hermite, Legendre
+from diffusion.fokker_planck.equation import FokkerPlanck
+from diffusion.fokker_planck.evolution import krylov, largest
+from diffusion.fokker_planck.galerkin import GalerkinSolver
+from diffusion.fokker_planck.laws import gaussian
+from diffusion.fokker_planck.problems import double_well, ornstein_uhlenbeck, ratchet, variance_preserving
+
+OU, OU2 = ornstein_uhlenbeck(), ornstein_uhlenbeck(2, turn=2.0)
+
+
+class Shapeless:
+    @staticmethod
+    def log_prob(x):
+        return x
+
+
+class Empty:
+    @staticmethod
+    def log_prob(x):
+        return torch.full_like(x[:, 0], -math.inf)
+
+
+def plain(problem=OU, bases=None):
+    return GalerkinSolver(problem.equation, bases or Hermite(20))
+
+
+def singular():
+    equation = FokkerPlanck(lambda x, t: -x, lambda x, t: x[:, 0])
+    GalerkinSolver(equation, Legendre(9, -1.0, 1.0), True).solve(gaussian(0.0, 0.2), [0.0, 1.0])
+
+
+def switched():
+    equation = FokkerPlanck(lambda x, t: -x * (1 + t[:, None]), lambda x, t: torch.ones_like(x[:, 0]))
+    GalerkinSolver(equation, Hermite(9), True).solve(gaussian(0.0, 0.9), [0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda: plain().solve(OU.start, [0.0, 0.0]), "times"),
+        (lambda: plain().solve(OU.start, []), "times"),
+        (lambda: plain().solve(OU.start, [0.0, 1.0], tolerance=0.0), "tolerance"),
+        (lambda: plain().solve(OU.start, [0.0, 1.0], steps=0), "steps"),
+        (lambda: plain().solve(Shapeless(), [0.0, 1.0]), r"\(20, 1\)"),
+        (lambda: plain().solve(Empty(), [0.0, 1.0]), "no mass"),
+        (lambda: plain().solve(torch.zeros(5, 2), [0.0, 1.0]), r"\(5, 2\)"),
+        (lambda: plain().solve(torch.full((5, 1), math.nan), [0.0, 1.0]), "finite"),
+        (lambda: plain(OU2).solve(OU2.start, [0.0, 1.0]), "fails for x"),
+        (lambda: plain().solve(OU2.start, [0.0, 1.0]), r"log_prob\(x\) fails"),
+        (lambda: GalerkinSolver(OU2.equation, [Hermite(8)] * 2, True).solve(OU2.start, [0.0, 1.0]), "curl .* is 4 "),
+        (
+            lambda: GalerkinSolver(ratchet().equation, Fourier(25, 0.0, math.tau), True).solve(OU.start, [0.0, 1.0]),
+            "jumps by 0.6",
+        ),
+        (singular, "singular"),
+        (switched, "moves by 9"),
+        (lambda: plain().solve(OU.start, [0.0]).density(torch.zeros(3, 2)), r"\(3, 2\)"),
+    ],
+    ids=[
+        "equal-times", "no-times", "tolerance", "steps", "law-shape", "law-empty", "samples-shape", "samples-nan",
+        "dimensions", "law-dimensions", "curl", "jump", "singular", "moving-gibbs", "points",
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_with_the_figure(ask, message):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(UserError, match=message):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda: plain(bases=Legendre(40, -1.0, 1.5)).solve(OU.start, [0.0, 0.1]), "hold 0.8"),
+        (lambda: plain(bases=Hermite(80, 0.0, 0.1)).solve(gaussian(0.0, 9.0), [0.0, 0.1]), "hold 0.1"),
+        (lambda: plain(bases=Hermite(8)).solve(OU.start, [0.0, 0.1]), "decayed: at t=0"),
+        (lambda: plain(bases=Fourier(65, -3.0, 5.0)).solve(OU.start, [0.0, 3.0]), "differ at the ends of axis 0"),
+        (lambda: plain(bases=Legendre(9, -3.0, 1.0)).solve(OU.start.sample(999), [0.0, 0.1]), "hold 0."),
+        (
+            lambda: GalerkinSolver(double_well().equation, Fourier(97, -3.0, 3.0), True).solve(
+                double_well().start, [0.0, 1.0]
+            ),
+            "wide beside the Gibbs density",
+        ),
+    ],
+    ids=["loss", "too-wide", "coarse", "ends", "samples-outside", "rounding"],
+)
+def test_what_is_done_badly_is_said(ask, message):
+    with pytest.warns(UserWarning, match=message):
+        ask()
+
+
+@pytest.mark.parametrize("symmetrised", [False, True], ids=["plain", "symmetrised"])
+def test_what_is_done_well_is_not_complained_of(symmetrised):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        solution = GalerkinSolver(OU.equation, Legendre(80, -7.0, 7.0), symmetrised).solve(OU.start, [0.0, 1.0])
+        problem = variance_preserving()
+        GalerkinSolver(problem.equation, Fourier(97, -7.0, 7.0)).solve(problem.start, [0.0, 1.0])
+    assert float(solution.truncation.max()) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_negative_densities_are_reported_and_taken_away():
+    problem = double_well()
+    solution = GalerkinSolver(problem.equation, Fourier(49, -3.0, 3.0)).solve(problem.start, [0.0, 1.0])
+    x = torch.linspace(-3, 3, 4001, dtype=torch.float64)[:, None]
+    raw, positive = solution.density(x), solution.positive()
+    assert float(solution.most_negative[-1]) < -1e-5 and float(raw.min()) < -1e-5
+    assert float(solution.most_negative[-1]) == float(solution.values[-1].min())
+    cut = positive.density(x)
+    assert float(cut.min()) == 0
+    assert float(torch.trapezoid(cut, x[:, 0])) == pytest.approx(1, abs=1e-4)
+    negative = float(torch.trapezoid((-raw).clamp_min(0), x[:, 0]))
+    assert float(positive.negative[-1]) == pytest.approx(negative, rel=0.05)
+    assert float(positive.scale[-1]) == pytest.approx(1 + negative, abs=1e-6)
+    assert float(torch.trapezoid((cut - raw).abs(), x[:, 0])) <= 2.1 * negative
+
+
+def test_densities_outside_the_domain_are_zero():
+    solution = GalerkinSolver(OU.equation, Legendre(80, -7.0, 7.0)).solve(OU.start, [0.0, 1.0])
+    assert solution.density(torch.tensor([[-7.5], [0.0], [9.0]]))[[0, 2]].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("duration", [0.01, 1.0, 30.0])
+def test_krylov_is_the_exponential(duration):
+    matrix = torch.randn(120, 120, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrix = matrix - matrix @ matrix.mT / 4 - 2 * torch.eye(120, dtype=torch.float64)
+    state = torch.randn(1, 120, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = state @ torch.linalg.matrix_exp(duration * matrix).mT
+    found = krylov(lambda u: u @ matrix.mT, state, duration)
+    assert float((found - expected).norm()) < 1e-12 * float(state.norm())
+
+
+def test_krylov_ends_early_in_an_invariant_space():
+    turn = torch.zeros(9, 9, dtype=torch.float64)
+    turn[0, 1], turn[1, 0], calls = -2.0, 2.0, []
+
+    def apply(u):
+        calls.append(u)
+        return u @ turn.mT
+
+    found = krylov(apply, torch.eye(9, dtype=torch.float64)[:1], 1.0)
+    assert found[0, :2].tolist() == pytest.approx([math.cos(2.0), math.sin(2.0)], abs=1e-13)
+    assert len(calls) <= 4
+
+
+def test_the_bound_of_a_spectrum_is_above_it():
+    for seed in range(5):
+        root = torch.randn(80, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        matrix = root @ root.mT
+        top = float(torch.linalg.eigvalsh(matrix)[-1])
+        bound = largest(lambda u, m=matrix: -u @ m, torch.zeros(1, 80, dtype=torch.float64))
+        assert top <= bound < 1.5 * top

@@ -1,0 +1,136 @@
+"""What the grid solver says to bad input, and to figures that are not good enough."""
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from diffusion.fokker_planck import FokkerPlanck, problems
+from diffusion.fokker_planck.grid import GridSolver
+from diffusion.fokker_planck.selling import selling
+
+OU = problems.ornstein_uhlenbeck()
+
+
+@pytest.mark.parametrize(
+    "arguments, texts",
+    [
+        ({"domain": ((0, 1),) * 4}, ("4 coordinates", "particles")),
+        ({"domain": ((1, 1),)}, ("(1.0, 1.0)", "low < high")),
+        ({"domain": ((0, math.inf),)}, ("inf", "finite")),
+        ({"cells": 2}, ("cells is 2", "at least 3")),
+        ({"cells": (8, 8)}, ("(8, 8)", "1 coordinates")),
+        ({"boundary": "open"}, ("'open'", "reflecting, absorbing, periodic")),
+        ({"boundary": ("periodic", "periodic")}, ("boundary", "1 coordinates")),
+    ],
+    ids=["four", "empty", "infinite", "few", "many_cells", "word", "many_words"],
+)
+def test_bad_grid(arguments, texts, user_error):
+    with user_error(*texts):
+        GridSolver(OU.equation, **{"domain": OU.domain, "cells": 16, **arguments})
+
+
+@pytest.mark.parametrize("times", [[], [0.0, 1.0, 0.5], [0.0, 0.0], [0.0, math.nan]], ids=str)
+def test_bad_times(times, user_error):
+    with user_error("times", "rising"):
+        GridSolver(OU.equation, OU.domain, 64).solve(OU.start, times)
+
+
+@pytest.mark.parametrize(
+    "start, texts",
+    [
+        (torch.ones(63), ("(63,)", "(64,)")),
+        (torch.ones(1, 2, 64), ("(1, 2, 64)",)),
+        (torch.full((64,), math.nan), ("nan",)),
+        (torch.linspace(-0.5, 1, 64), ("-0.5", "not negative")),
+        (torch.eye(2, 64) * torch.tensor([[1.0], [0.0]]), ("not all 0",)),
+    ],
+    ids=["cells", "dimensions", "nan", "negative", "zero"],
+)
+def test_bad_start(start, texts, user_error):
+    with user_error(*texts):
+        GridSolver(OU.equation, OU.domain, 64).solve(start, [0.0, 1.0])
+
+
+def test_domain_that_loses_mass(user_error):
+    grid = GridSolver(OU.equation, [(-0.5, 6.0)], 64)
+    with user_error("0.9986501", "1e-06", "larger domain"):
+        grid.solve(OU.start, [0.0, 1.0])
+    assert float(grid.density(OU.start, lost=2e-3).sum()) * grid.box.volume == pytest.approx(1.0, abs=1e-14)
+    grid = GridSolver(OU.equation, OU.domain, 16)
+    with user_error("more"):
+        grid.solve(problems.gaussian(1.0, 0.02), [0.0, 1.0])
+
+
+def test_law_that_is_not_finite(user_error):
+    class Law:
+        def log_prob(self, x):
+            return torch.full_like(x[:, 0], math.nan)
+
+    with user_error("not finite near x=[-5.8125]"):
+        GridSolver(OU.equation, OU.domain, 32).solve(Law(), [0.0, 1.0])
+
+
+def test_grid_too_coarse_for_the_drift():
+    """The number of cells that the warning asks for is enough, and not much more than enough."""
+    problem = problems.double_well(barrier=4.0)
+    with pytest.warns(UserWarning, match=r"0\.\d+ of the mass .* about \[\d+\] cells would do") as caught:
+        GridSolver(problem.equation, problem.domain, 32).solve(problem.start, [0.0, 1.0])
+    needed = int(str(caught[0].message).split("about [")[1].split("]")[0])
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GridSolver(problem.equation, problem.domain, int(1.3 * needed)).solve(problem.start, [0.0, 1.0])
+    with pytest.warns(UserWarning, match="too coarse for the drift"):
+        GridSolver(problem.equation, problem.domain, int(0.6 * needed)).solve(problem.start, [0.0, 1.0])
+
+
+def test_steps_too_coarse_for_the_tolerance():
+    equation = FokkerPlanck(lambda x, t: 3 * (4 * t)[:, None].sin() - x, lambda x, t: 1.0)
+    with pytest.warns(UserWarning, match="3 steps between times are too coarse"):
+        GridSolver(equation, [(-4.0, 4.0)], 64).solve(problems.gaussian(0.0, 0.5), [0.0, 1.0], steps=3)
+
+
+@pytest.mark.filterwarnings("ignore:the grid is too coarse")
+def test_no_stationary_state(user_error):
+    with user_error("absorbing"):
+        GridSolver(OU.equation, OU.domain, 16, "absorbing").stationary()
+    still = FokkerPlanck(
+        lambda x, t: -x * torch.tensor([1.0, 0.0]).to(x), lambda x, t: torch.tensor([1.0, 0.0]).to(x).expand_as(x)
+    )
+    with user_error("parts", "noise in every coordinate"):
+        GridSolver(still, ((-3, 3), (-3, 3)), 8).stationary()
+
+
+@pytest.mark.filterwarnings("ignore:the grid is too coarse")
+def test_noise_along_a_line_is_named():
+    g = torch.tensor([[1.0, 0.0], [0.61, 0.0]], dtype=torch.float64)
+    equation = FokkerPlanck(lambda x, t: -x, lambda x, t: g.expand(len(x), -1, -1))
+    grid = GridSolver(equation, ((-5, 5), (-5, 5)), 32)
+    with pytest.warns(UserWarning, match=r"confined to a line .* 0\.001 of its largest"):
+        result = grid.solve(problems.gaussian([0.0, 0.0], 0.7), [0.0, 0.5])
+    assert float(result.density.min()) >= 0 and float(result.mass_error.max()) < 1e-12
+
+
+def test_drift_that_is_not_finite(user_error):
+    equation = FokkerPlanck(lambda x, t: 1 / (x - 0.5).clamp_min(0), lambda x, t: 1.0)
+    with user_error("drift", "not finite"):
+        GridSolver(equation, [(0.0, 1.0)], 16).solve(torch.ones(16), [0.0, 1.0])
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_selling(dim):
+    """Positive weights and whole numbers that give the matrix back; few of them for each matrix."""
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(200, dim, dim, generator=generator, dtype=torch.float64)
+    matrices = g @ g.mT + 0.01 * torch.eye(dim)
+    weights = selling(matrices)
+    total, used = torch.zeros_like(matrices), torch.zeros(200)
+    for e, rho in weights.items():
+        vector = torch.tensor(e, dtype=torch.float64)
+        assert e > (0,) * dim and float(rho.min()) >= 0
+        total += rho[:, None, None] * torch.outer(vector, vector)
+        used += rho > 0
+    torch.testing.assert_close(total, matrices, rtol=1e-11, atol=1e-11)
+    assert int(used.max()) <= dim * (dim + 1) // 2

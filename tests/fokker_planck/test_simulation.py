@@ -1,0 +1,208 @@
+"""Weak orders of the SDE's schemes, by sums over all outcomes of discrete noise instead of draws."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from scipy.linalg import expm
+
+from diffusion.errors import UserError
+from diffusion.fokker_planck import FokkerPlanck
+from diffusion.fokker_planck.problems import geometric_brownian, ornstein_uhlenbeck, variance_preserving
+from diffusion.fokker_planck.simulation import SCHEMES, Noise
+from diffusion.fokker_planck.simulation import _noise as draw_noise
+
+DOUBLE = torch.float64
+
+
+def outcomes(dim, h):
+    """All values of a step's noise, and their probabilities: increments of three points, signs of two."""
+    values, chances = torch.tensor([-math.sqrt(3 * h), 0.0, math.sqrt(3 * h)], dtype=DOUBLE), [1 / 6, 2 / 3, 1 / 6]
+    pairs = list(itertools.combinations(range(dim), 2))
+    increments, signs, weights = [], [], []
+    for places in itertools.product(range(3), repeat=dim):
+        for coins in itertools.product((-1.0, 1.0), repeat=len(pairs)):
+            sign = torch.zeros(dim, dim, dtype=DOUBLE)
+            for (i, j), coin in zip(pairs, coins, strict=True):
+                sign[i, j], sign[j, i] = coin, -coin
+            increments.append(values[list(places)])
+            signs.append(sign)
+            weights.append(math.prod(chances[p] for p in places) / 2 ** len(pairs))
+    return Noise(torch.stack(increments), torch.stack(signs)), torch.tensor(weights, dtype=DOUBLE)
+
+
+def moments(order, equation, x, horizon, steps):
+    """E x (d,) and E x x^T (d, d) after `steps` steps from the point `x` (d,), over all outcomes."""
+    h, x, chance = horizon / steps, x[None], torch.ones(1, dtype=DOUBLE)
+    noise, weights = outcomes(x.shape[1], h)
+    for n in range(steps):
+        number, branches = len(x), len(weights)
+        repeated = Noise(noise.increments.repeat(number, 1), noise.signs.repeat(number, 1, 1))
+        x = SCHEMES[order](equation, x.repeat_interleave(branches, 0), n * h, h, repeated)
+        chance = (chance[:, None] * weights).flatten()
+    return chance @ x, torch.einsum("n,ni,nj->ij", chance, x, x)
+
+
+def linear(drift, columns):
+    """dx = drift x dt + sum_k columns_k x dw_k, as an equation, and its exact second moments."""
+
+    def diffusion(x, t):
+        return torch.stack([x @ matrix.T for matrix in columns], 2)
+
+    dim = len(drift)
+    eye = torch.eye(dim, dtype=DOUBLE)
+    rate = torch.kron(drift, eye) + torch.kron(eye, drift) + sum(torch.kron(b, b) for b in columns)
+
+    def exact(x, t):
+        second = torch.from_numpy(expm(t * rate.numpy())) @ torch.outer(x, x).flatten()
+        return torch.matrix_exp(t * drift) @ x, second.reshape(dim, dim)
+
+    return FokkerPlanck(lambda x, t: x @ drift.T, diffusion), exact
+
+
+def ou_case():
+    rate, noise = 1.0, math.sqrt(2.0)
+
+    def exact(x, t):
+        mean = math.exp(-rate * t) * x
+        return mean, torch.outer(mean, mean) + noise**2 / (2 * rate) * (1 - math.exp(-2 * rate * t))
+
+    return ornstein_uhlenbeck(rate=rate, noise=noise).equation, exact
+
+
+def gbm_case():
+    rate, volatility = 0.6, 0.7
+
+    def exact(x, t):
+        return x * math.exp(rate * t), torch.outer(x, x) * math.exp((2 * rate + volatility**2) * t)
+
+    return geometric_brownian(rate, volatility).equation, exact
+
+
+def vp_case():
+    low, high = 1.0, 3.0
+
+    def exact(x, t):
+        kept = math.exp(-(low * t + (high - low) * t**2 / 2))
+        return math.sqrt(kept) * x, kept * torch.outer(x, x) + 1 - kept
+
+    return variance_preserving(low=low, high=high).equation, exact
+
+
+def isotropic_case():
+    """The same noise in both directions, of a size that depends on the first coordinate only."""
+    equation = FokkerPlanck(lambda x, t: -x, lambda x, t: 0.8 * x[:, 0])
+
+    def exact(x, t):
+        mean, xx = math.exp(-t) * x, x[0] ** 2
+        first = xx * math.exp((-2 + 0.64) * t)
+        added = first - xx * math.exp(-2 * t)  # int_0^t e^(-2 (t - s)) 0.64 E x_1(s)^2 ds
+        second = math.exp(-2 * t) * torch.outer(x, x)
+        second[0, 0], second[1, 1] = first, second[1, 1] + added
+        return mean, second
+
+    return equation, exact
+
+
+def matrix_case():
+    """Noise that does not commute."""
+    drift = torch.tensor([[-0.5, 1.0], [-1.0, -0.3]], dtype=DOUBLE)
+    columns = [torch.tensor([[0.4, 0.5], [0.0, 0.3]]), torch.tensor([[0.2, 0.0], [0.6, -0.3]])]
+    return linear(drift, [c.to(DOUBLE) for c in columns])
+
+
+CASES = {
+    "ou": (ou_case, [0.7], 0.3, (1, 2, 4, 8)),
+    "geometric": (gbm_case, [0.7], 0.3, (2, 4, 8)),
+    "variance_preserving": (vp_case, [2.0], 0.5, (2, 4, 8)),
+    "isotropic": (isotropic_case, [0.7, -0.4], 0.3, (1, 2, 4)),
+    "matrix": (matrix_case, [0.7, -0.4], 0.3, (1, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("order", sorted(SCHEMES))
+@pytest.mark.parametrize("case", CASES)
+def test_weak_order(case, order):
+    make, start, horizon, counts = CASES[case]
+    equation, exact = make()
+    x = torch.tensor(start, dtype=DOUBLE)
+    errors = []
+    for steps in counts:
+        got, wanted = moments(order, equation, x, horizon, steps), exact(x, horizon)
+        errors.append([float((a - b).norm()) for a, b in zip(got, wanted, strict=True)])
+    for column in zip(*errors, strict=True):
+        slope = math.log2(column[-2] / column[-1])
+        assert abs(slope - order) < 0.15, column
+
+
+def test_outcomes_have_the_moments_of_gaussian_noise():
+    noise, weights = outcomes(2, 0.3)
+    w = noise.increments[:, 0]
+    assert weights.sum() == pytest.approx(1)
+    assert [float(weights @ w**k) for k in (1, 2, 3, 4, 5)] == pytest.approx([0, 0.3, 0, 3 * 0.3**2, 0], abs=1e-14)
+    assert float(weights @ noise.signs[:, 0, 1]) == 0
+
+
+@pytest.mark.parametrize("order", sorted(SCHEMES))
+def test_drawn_paths_have_the_exact_moments(order):
+    problem = variance_preserving(low=0.5, high=2.0, dim=2)
+    generator = torch.Generator().manual_seed(0)
+    x = problem.start.sample(20_000, generator)
+    paths = problem.equation.simulate(x, [0.0, 0.5, 1.0], {1: 60, 2: 6}[order], generator, order=order)
+    assert paths.shape == (3, 20_000, 2)
+    assert torch.equal(paths[0], x)
+    for path, t in zip(paths[1:], (0.5, 1.0), strict=True):
+        law = problem.law_at(t)
+        error = (law.covariance.diagonal() / len(x)).sqrt()
+        assert bool(((path.mean(0) - law.mean).abs() < 4 * error).all())
+        assert torch.allclose(path.T.cov(), law.covariance, atol=0.04)
+
+
+def test_drawn_noise():
+    noise = draw_noise(torch.zeros(4000, 3, dtype=DOUBLE), 0.25, 2, torch.Generator().manual_seed(0))
+    assert torch.equal(noise.signs, -noise.signs.mT)
+    assert torch.equal(noise.signs.abs(), (1 - torch.eye(3, dtype=DOUBLE)).expand(4000, 3, 3))
+    assert float(noise.signs.mean(0).abs().max()) < 4 / 4000**0.5
+    assert torch.allclose(noise.increments.T.cov(), 0.25 * torch.eye(3, dtype=DOUBLE), atol=0.025)
+
+
+def test_drawn_signs_matter():
+    """Draws of the noise that does not commute have the exact second moments, off the diagonal too."""
+    equation, exact = matrix_case()
+    x = torch.tensor([0.7, -0.4], dtype=DOUBLE)
+    paths = equation.simulate(x.expand(40_000, -1), [0, 0.6], 10, torch.Generator().manual_seed(0), order=2)[-1]
+    wanted = exact(x, 0.6)[1]
+    products = paths[:, :, None] * paths[:, None]
+    error = products.std(0) / len(paths) ** 0.5
+    assert bool(((products.mean(0) - wanted).abs() < 4 * error).all())
+
+
+def test_same_generator_same_paths():
+    problem = ornstein_uhlenbeck(2)
+    x = problem.start.sample(5, torch.Generator().manual_seed(0))
+    first, second = (
+        problem.equation.simulate(x, [0, 1], 3, torch.Generator().manual_seed(1), order=2) for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"times": [0.0, 1.0, 1.0]}, "rising times"),
+        ({"times": [0.0, 1.0], "steps": 0}, "steps=0"),
+        ({"times": [0.0, 1.0], "order": 3}, "order=3, expected a weak order of 1 or 2"),
+    ],
+    ids=["times", "steps", "order"],
+)
+def test_bad_options(options, words):
+    with pytest.raises(UserError, match=words):
+        ornstein_uhlenbeck().equation.simulate(torch.zeros(3, 1, dtype=DOUBLE), **options)
+
+
+@pytest.mark.parametrize("order", sorted(SCHEMES))
+def test_paths_that_leave_for_infinity(order):
+    equation = FokkerPlanck(lambda x, t: x**9, lambda x, t: 1.0)
+    with pytest.raises(UserError, match="not finite"):
+        equation.simulate(torch.full((4, 1), 50.0, dtype=DOUBLE), [0.0, 1.0], 50, order=order)
