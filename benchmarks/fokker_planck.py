@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,21 +51,19 @@ class Study:
 
 
 def of_law(law):
-    return lambda *x: law.log_prob(torch.from_numpy(np.stack([np.ravel(a) for a in x], 1))).exp().numpy().reshape(
-        np.shape(x[0])
+    return lambda *x: (
+        law.log_prob(torch.from_numpy(np.stack([np.ravel(a) for a in x], 1))).exp().numpy().reshape(np.shape(x[0]))
     )
 
 
 def ornstein_uhlenbeck() -> Study:
-    problem, box = problems.ornstein_uhlenbeck(), ((-6.0, 6.0),)
-    case = peers.Case(
-        box, 1.0, normal(1.0, 0.5), lambda x: x**2 / 2, lambda t, x: [-x], lambda t: 1.0, (["-x"], "1.0")
-    )
+    problem, box = problems.ornstein_uhlenbeck(), ((-8.0, 8.0),)
+    case = peers.Case(box, 1.0, normal(1.0, 0.5), lambda x: x**2 / 2, lambda t, x: [-x], lambda t: 1.0, (["-x"], "1.0"))
     return Study(
         problem,
         case,
         of_law(problem.law_at(1.0)),
-        lambda: GalerkinSolver(problem.equation, [Hermite(40, 0.0, 1.0)]),
+        lambda: GalerkinSolver(problem.equation, [Hermite(64, 0.0, 1.0)]),
         (64, 128, 256, 512, 2048),
     )
 
@@ -132,7 +131,7 @@ def double_well_2d() -> Study:
         problem,
         case,
         lambda x, y: first(x[:, 0])[:, None] * second(y[0])[None],
-        lambda: GalerkinSolver(problem.equation, [Fourier(81, -3.0, 3.0), Hermite(40, 0.0, 0.75)]),
+        lambda: GalerkinSolver(problem.equation, [Fourier(97, -2.6, 2.6), Fourier(65, -6.0, 6.0)], symmetrised=True),
         (64, 128, 256),
     )
 
@@ -201,7 +200,9 @@ def compare(name: str, turns: int, with_peers: bool) -> list[dict[str, Any]]:
     rows = []
     for label, (result, facts) in results.items():
         error = galerkin_error(result, study.exact) if label == "galerkin" else peers.l1_error(result, study.exact)
-        rows.append({"problem": name, "method": label, "error": error, "milliseconds": 1e3 * min(seconds[label]), **facts})
+        rows.append(
+            {"problem": name, "method": label, "error": error, "milliseconds": 1e3 * min(seconds[label]), **facts}
+        )
     for row in sorted(rows, key=lambda row: row["error"]):
         extra = "".join(f"  {key} {row[key]:.2g}" for key in ("mass_error", "least", "unknowns") if key in row)
         print(f"{name:<28} {row['method']:<26} {row['error']:>9.2e} {row['milliseconds']:>9.2f} ms{extra}", flush=True)
@@ -237,8 +238,6 @@ def orders() -> dict[str, Any]:
         for order in sizes:
             low, high = study.problem.domain[0]
             solver = GalerkinSolver(study.problem.equation, [Fourier(order, low, high)])
-            import warnings
-
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # too few functions say so
                 solution = solver.solve(study.problem.start, [0.0, study.problem.horizon])

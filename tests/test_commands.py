@@ -1,7 +1,6 @@
 """The commands, as a user types them: what they write, and how they fail."""
 
 import json
-import runpy
 import shutil
 import subprocess
 import sys
@@ -19,28 +18,6 @@ TINY = [
     "trainer.steps=6", "trainer.checkpoint_every=3", "trainer.log_every=2", "trainer.batch_size=16", "trainer.warmup=2",
     "model.channels=8", "device=cpu", "logger=none", "num_samples=0",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """run("train", "option=value", ...) in an empty folder: exit status, standard output and standard error."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-    def call(command, *options):
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "scripts" / f"{command}.py"), *options])
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        status = 0
-        capsys.readouterr()
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +235,16 @@ BAD_COMMANDS = [
     ("audit", ["checkpoint=nowhere"], "no checkpoint at nowhere"),
     ("audit", ["checkpoint=TRAINED", "times=1"], "1 times"),
     ("audit", ["checkpoint=TRAINED", "draws=abc"], "draws is 'abc', expected a value of type int"),
+    ("fokker_planck", ["frames=1"], "frames is 1, expected at least 2"),
+    ("fokker_planck", ["problem=nonsense"], "banana double_well"),
+    ("fokker_planck", ["problem=own"], "problem._target_ is missing; give problem._target_="),
+    ("fokker_planck", ["problem.temperature=-1"], "temperature is -1"),
+    ("fokker_planck", ["problem.dim=4"], "4 coordinates"),
+    ("fokker_planck", ["problem.dim=4", "solver=galerkin"], "4 coordinates, test functions are for 1, 2 or 3"),
+    ("fokker_planck", ["solver.cells=2"], "cells is 2, expected at least 3"),
+    ("fokker_planck", ["solver=galerkin", "solver.order=0"], "order is 0"),
+    ("fokker_planck", ["solver.tolerance=0"], "tolerance"),
+    ("fokker_planck", ["solver=particles", "solver.number=10", "frames=2"], "take more particles"),
     ("audit", ["checkpoint=TRAINED", "data=moons"], "data moons has shape (2,), expected (1, 8, 8)"),
 ]
 
@@ -290,20 +277,6 @@ class Bent(AffineField):
 def bend(t):
     return t + t**2 / 1000
 """
-
-
-@pytest.fixture
-def module(tmp_path):
-    """module(name, source) writes a module of the user's own to where commands are run."""
-    written = []
-
-    def write(name, source):
-        (tmp_path / f"{name}.py").write_text(source)
-        written.append(name)
-
-    yield write
-    for name in written:
-        sys.modules.pop(name, None)
 
 
 def test_a_field_of_ones_own_is_trained_and_loaded_with_trust_alone(run, module, tmp_path):

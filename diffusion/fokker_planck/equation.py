@@ -6,6 +6,7 @@ which is d_t p + div J = 0 with the current J = (f - 1/2 div a) p - 1/2 a grad p
 Time runs forward, points are (B, d), everything is computed in the dtype of the points.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -27,13 +28,36 @@ def _shown(value: object) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
 
 
+def _semidefinite(a: Tensor, x: Tensor) -> Tensor:
+    """The covariance `a` itself, (B,), (B, d) or (B, d, d).
+
+    Raises:
+        UserError: it is not symmetric, or not positive semi-definite, at some point.
+    """
+    if a.dim() < 3:
+        if not bool((a >= 0).all()):
+            raise UserError(f"the covariance has {float(a.min()):.3g} somewhere, expected 0 or more")
+        return a
+    skew = float((a - a.mT).abs().max())
+    if skew > 1e-8 * float(a.abs().max()):
+        raise UserError(f"the covariance is not symmetric: it differs by {skew:.3g}")
+    least = torch.linalg.eigvalsh(a.detach())[:, 0]
+    if float(least.min()) < -1e-10 * float(a.abs().max()):
+        at = x[int(least.argmin())].tolist()
+        raise UserError(
+            f"the covariance has the eigenvalue {float(least.min()):.3g} at x={at}, expected it to be positive "
+            "semi-definite"
+        )
+    return a
+
+
 class FokkerPlanck:
     """The equation of dx = drift dt + diffusion dw; from it come its solvers, the SDE and the probability-flow ODE.
 
     Args:
         drift: f(x, t) -> (B, d), for points x (B, d), by torch operations.
         diffusion: g(x, t) -> (B,), the same in all directions; (B, d), one for each coordinate; or (B, d, d), a matrix.
-            A number does for a constant.
+            A number does for a constant, as what it returns or in its place.
 
     Both get the time t as a tensor (B,), the same for all points; functions of one number, such as
     ``lambda x, t: -beta(t) * x``, get it 0-dimensional instead.
@@ -42,9 +66,17 @@ class FokkerPlanck:
         UserError: a function returns another shape, or numbers that are not finite; when it is first called.
     """
 
-    def __init__(self, drift: Function, diffusion: Function):
-        self._drift, self._diffusion = drift, diffusion
+    def __init__(self, drift: Function, diffusion: Function | float):
+        if not callable(drift) or not (callable(diffusion) or isinstance(diffusion, int | float)):
+            raise UserError(
+                f"drift is {_shown(drift)} and diffusion is {_shown(diffusion)}, expected functions of (x, t), or a "
+                "number for the diffusion"
+            )
+        self._drift = drift
+        self._diffusion = diffusion if callable(diffusion) else lambda x, t: float(diffusion)
+        self._covariance: Function | None = None
         self._of_number: dict[str, bool] = {}
+        self._differentiable = False  # has been checked
 
     @classmethod
     def from_covariance(cls, drift: Function, covariance: Function) -> "FokkerPlanck":
@@ -55,23 +87,15 @@ class FokkerPlanck:
         """
 
         def diffusion(x: Tensor, t: Tensor) -> Tensor:
-            a = torch.as_tensor(covariance(x, t), dtype=x.dtype, device=x.device)
+            a = _semidefinite(torch.as_tensor(covariance(x, t), dtype=x.dtype, device=x.device), x)
             if a.dim() < 3:
-                if not bool((a >= 0).all()):
-                    raise UserError(f"the covariance has {float(a.min()):.3g} somewhere, expected 0 or more")
                 return a.sqrt()
-            if float((a - a.mT).abs().max()) > 1e-8 * float(a.abs().max()):
-                raise UserError(f"the covariance is not symmetric: it differs by {float((a - a.mT).abs().max()):.3g}")
             values, vectors = torch.linalg.eigh(a)
-            if float(values.min()) < -1e-10 * float(values.abs().max()):
-                at = x[int(values[:, 0].argmin())].tolist()
-                raise UserError(
-                    f"the covariance has the eigenvalue {float(values.min()):.3g} at x={at}, expected it to be "
-                    "positive semi-definite"
-                )
             return (vectors * values.clamp_min(0).sqrt()[:, None]) @ vectors.mT
 
-        return cls(drift, diffusion)
+        equation = cls(drift, diffusion)
+        equation._covariance = covariance
+        return equation
 
     def drift(self, x: Tensor, t: Tensor | float) -> Tensor:
         """f (B, d) at `x` (B, d) and the time `t`, a number."""
@@ -83,11 +107,18 @@ class FokkerPlanck:
 
     def covariance(self, x: Tensor, t: Tensor | float) -> Tensor:
         """a = g g^T, (B,) or (B, d) where it is isotropic or diagonal, otherwise (B, d, d)."""
-        g = self.diffusion(x, t)
-        return g @ g.mT if g.dim() == 3 else g.square()
+        if self._covariance is None:
+            g = self.diffusion(x, t)
+            return g @ g.mT if g.dim() == 3 else g.square()
+        return _semidefinite(self._call("covariance", self._covariance, x, t), x)
 
     def covariance_divergence(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """div a (B, d), by forward-mode differentiation along each coordinate; 0 where a does not depend on x."""
+        """div a (B, d), by forward-mode differentiation along each coordinate; 0 where a does not depend on x.
+
+        Raises:
+            UserError: see `check_differentiable`; or the derivative is not finite somewhere.
+        """
+        self.check_differentiable(x, t)
         total = torch.zeros_like(x)
         for j in range(x.shape[1]):
             direction = torch.zeros_like(x)
@@ -97,7 +128,38 @@ class FokkerPlanck:
                 total = total + slope[:, :, j]
             else:
                 total[:, j] = slope if slope.dim() == 1 else slope[:, j]
+        if not bool(torch.isfinite(total).all()):
+            bad = int((~torch.isfinite(total)).any(1).nonzero()[0])
+            raise UserError(f"g g^T has no finite derivative at x={x[bad].tolist()}; expected a smooth function there")
         return total
+
+    def check_differentiable(self, x: Tensor, t: Tensor | float) -> None:
+        """Check, once for an equation, that torch sees how drift and g g^T change with `x` (B, d).
+
+        Raises:
+            UserError: their derivatives are not those of differences, as under no_grad or after detach.
+        """
+        if self._differentiable or x.dtype != torch.float64:
+            return
+        x, step = x.detach(), 1e-5
+        direction = torch.ones_like(x) / x.shape[1] ** 0.5
+        for name, function in (("drift", self.drift), ("g g^T", self.covariance)):
+            try:
+                _, slope = torch.func.jvp(lambda x, function=function: function(x, t), (x,), (direction,))
+            except (RuntimeError, TypeError) as error:
+                raise UserError(f"{name} is not made of torch operations on x: {str(error).splitlines()[0]}") from error
+            there, back = function(x + step * direction, t), function(x - step * direction, t)
+            gap = ((there - back) / (2 * step) - slope).reshape(len(x), -1).abs().amax(1)
+            size = ((there - back) / (2 * step)).reshape(len(x), -1).abs().amax(1)
+            moving = size > 1e-6 * function(x, t).abs().max().clamp_min(1e-12)
+            with torch.enable_grad():
+                followed = function(x.clone().requires_grad_(), t).requires_grad
+            if bool(moving.any()) and (not followed or float((gap > 0.01 * size)[moving].double().mean()) > 0.5):
+                raise UserError(
+                    f"torch does not see how {name} changes with x; expected torch operations on x, not under no_grad, "
+                    "without detach or numpy"
+                )
+        self._differentiable = True
 
     def velocity(self, x: Tensor, t: Tensor | float, score: Tensor) -> Tensor:
         """That of the probability-flow ODE (B, d), which has the same densities: f - 1/2 div a - 1/2 a grad log p.
@@ -131,9 +193,10 @@ class FokkerPlanck:
         return simulate(self, x, times, steps, generator, order)
 
     def _call(self, name: str, function: Function, x: Tensor, t: Tensor | float) -> Tensor:
-        if x.dim() != 2:
-            raise UserError(f"points have shape {tuple(x.shape)}, expected (B, d)")
-        t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(())
+        if x.dim() != 2 or not x.is_floating_point():
+            raise UserError(f"points have shape {tuple(x.shape)} and type {x.dtype}, expected (B, d), floating-point")
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        t = t.reshape(()) if t.dim() else t
         if name not in self._of_number:
             self._of_number[name] = self._takes_number(name, function, x, t)
         value = function(x, t if self._of_number[name] else t.expand(len(x)))
@@ -156,13 +219,13 @@ class FokkerPlanck:
     def _checked(name: str, value: object, x: Tensor) -> Tensor:
         number, dim = x.shape
         allowed = [(number, dim)] if name == "drift" else [(number,), (number, dim), (number, dim, dim)]
-        if name == "diffusion" and (isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)):
+        if name != "drift" and (isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)):
             value = torch.as_tensor(value, dtype=x.dtype, device=x.device).expand(number)
         if not isinstance(value, Tensor) or tuple(value.shape) not in allowed:
             expected = " or ".join(map(str, allowed))
             raise UserError(f"{name}(x, t) gives {_shown(value)} for x {tuple(x.shape)}, expected {expected}")
         value = value.to(x)
-        if not bool(torch.isfinite(value).all()):
+        if not math.isfinite(value.detach().sum().item()) and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).reshape(number, -1).any(1).nonzero()[0])
             raise UserError(f"{name}(x, t) is not finite at x={x[bad].tolist()}")
         return value

@@ -56,11 +56,11 @@ def _draw_lines(axes, run: Run, chosen: list[int]) -> None:
     for k in chosen:
         label = f"t = {float(run.times[k]):.3g}"
         if isinstance(run.picture, Tensor):
-            left.hist(run.picture[k, :, 0], bins=60, density=True, histtype="step", label=label)
+            left.hist(run.picture[k, :, 0].numpy(), bins=60, density=True, histtype="step", label=label)
             continue
         (x,), density, current = run.picture
-        left.plot(x, density[k], label=label)
-        right.plot(x, current[k, 0], label=label)
+        left.plot(x.numpy(), density[k].numpy(), label=label)
+        right.plot(x.numpy(), current[k, 0].numpy(), label=label)
     if not isinstance(run.picture, Tensor):
         left.set_ylim(0, 1.05 * float(run.picture.density.max()))
         reach = 1.05 * float(run.picture.current.abs().max()) or 1.0
@@ -74,19 +74,17 @@ def _draw_map(axes, run: Run, k: int) -> None:
     axes.set(title=f"t = {float(run.times[k]):.3g}", xlabel="$x_1$", ylabel="$x_2$")
     if isinstance(run.picture, Tensor):
         reach = run.picture[:, :, :2].flatten(0, 1).abs().amax(0).tolist()
-        axes.scatter(run.picture[k, :, 0], run.picture[k, :, 1], s=2, linewidths=0)
+        axes.scatter(*run.picture[k, :, :2].T.numpy(), s=2, linewidths=0)
         axes.set(xlim=(-reach[0], reach[0]), ylim=(-reach[1], reach[1]))
         return
     (x, y), density, current = _in_the_plane(run.picture)
-    axes.pcolormesh(x, y, density[k].T, cmap="magma", shading="nearest", rasterized=True)
+    axes.pcolormesh(x.numpy(), y.numpy(), density[k].T.numpy(), cmap="magma", shading="nearest", rasterized=True)
     i, j = (slice(len(places) // ARROWS // 2, None, max(1, len(places) // ARROWS)) for places in (x, y))
     u, v = current[k][:, i, j]
     gap = float(torch.stack([x[i].diff().mean(), y[j].diff().mean()]).min())
-    longest = float(torch.hypot(u, v).max()) or 1.0
-    scale = longest / (1.5 * gap)  # the longest arrow is one and a half gaps
-    axes.quiver(
-        x[i], y[j], u.T, v.T, color="white", pivot="mid", angles="xy", scale_units="xy", scale=scale, width=0.004
-    )
+    scale = (float(torch.hypot(u, v).max()) or 1.0) / (1.5 * gap)  # the longest arrow is one and a half gaps
+    arrows = (part.numpy() for part in (x[i], y[j], u.T, v.T))
+    axes.quiver(*arrows, color="white", pivot="mid", angles="xy", scale_units="xy", scale=scale, width=0.004)
 
 
 def _in_the_plane(lattice: Lattice) -> Lattice:

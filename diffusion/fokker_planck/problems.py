@@ -69,6 +69,8 @@ def ornstein_uhlenbeck(
     Args:
         start: a Gaussian of mean 1 and std 0.5 in each coordinate, unless given.
     """
+    if not rate > 0:
+        raise UserError(f"rate is {rate}, expected a positive number: the process is to come to rest")
     matrix = rate * torch.eye(dim, dtype=torch.float64)
     for i in range(0, dim - 1, 2):
         matrix[i, i + 1], matrix[i + 1, i] = turn, -turn

@@ -5,6 +5,7 @@ functions. Solvers here are plain data; each is called with a problem and rising
 """
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -115,7 +116,9 @@ class Grid(Recipe):
         else:
             fine = tuple(2 * n for n in solver.box.cells)
             finer = GridSolver(problem.equation, problem.domain, fine, problem.boundary, self.device)
-            density = finer.solve(problem.start, times, self.tolerance).density
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # said already of the coarser one
+                density = finer.solve(problem.start, times, self.tolerance).density
             for axis, n in enumerate(solver.box.cells, 1):
                 density = density.unflatten(axis, (n, 2)).mean(axis + 1)
             # Second order: what halving the cells takes away is three quarters of the error.
@@ -152,7 +155,7 @@ class Galerkin(Recipe):
     device: str = "cpu"
 
     def __call__(self, problem, times):
-        order = self.order or {1: 96, 2: 48, 3: 24}.get(problem.dim)
+        order = {1: 96, 2: 48, 3: 24}.get(problem.dim) if self.order is None else self.order
         if order is None:
             raise UserError(
                 f"the problem has {problem.dim} coordinates, test functions are for 1, 2 or 3; take particles"
@@ -163,7 +166,9 @@ class Galerkin(Recipe):
         if problem.law_at is not None:
             exact, name = torch.stack([problem.law_at(t).log_prob(points).exp() for t in times]), "L1 error"
         else:
-            finer = self._solve(problem, times, order * 3 // 2)[1]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # said already of fewer functions
+                finer = self._solve(problem, times, order * 3 // 2)[1]
             exact, name = torch.stack([finer.density(points, k) for k in range(len(times))]), "L1 error (est.)"
         columns = {
             name: (values - exact).abs() @ weights,

@@ -2,6 +2,7 @@
 
 For every test function phi, E phi(x_T) - E phi(x_0) = int_0^T E[L phi](t) dt with L phi = f . grad phi
 + 1/2 tr(a Hess phi). The means are over samples, the integral is a quadrature over the times at which there are some.
+Where samples are reflected by a wall this holds only for phi whose slope across the wall vanishes there.
 """
 
 import math

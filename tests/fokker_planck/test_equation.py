@@ -158,7 +158,7 @@ def test_functions_of_the_wrong_kind(points, drift, diffusion, words):
 
 
 def test_points_of_the_wrong_shape():
-    with pytest.raises(UserError, match=r"points have shape \(4,\), expected \(B, d\)"):
+    with pytest.raises(UserError, match=r"points have shape \(4,\) .* expected \(B, d\)"):
         FokkerPlanck(lambda x, t: -x, lambda x, t: 1.0).drift(torch.zeros(4), 0.0)
 
 
@@ -200,3 +200,50 @@ def test_probability_flow_carries_the_densities(name):
         state = state + h / 6 * (one + 2 * two + 2 * three + four)
     wanted = problem.law_at(start + 40 * h).log_prob(state[:, :-1])
     assert torch.allclose(state[:, -1], wanted, atol=1e-5)
+
+
+def test_a_given_covariance_is_kept_and_has_a_divergence_where_its_roots_have_none():
+    """Equal eigenvalues have no derivative of their vectors, and the root of x^2 none at 0."""
+    x = torch.tensor([[0.0, 1.0], [0.5, -1.0]], dtype=torch.float64)
+    matrix = FokkerPlanck.from_covariance(
+        lambda x, t: -x, lambda x, t: (1 + x[:, 0].square())[:, None, None] * torch.eye(2, dtype=x.dtype)
+    )
+    square = FokkerPlanck.from_covariance(lambda x, t: -x, lambda x, t: x.square())
+    along_first = torch.stack([2 * x[:, 0], torch.zeros(2)], 1)
+    assert torch.allclose(matrix.covariance_divergence(x, 0.0), along_first, atol=1e-12)
+    assert torch.allclose(square.covariance_divergence(x, 0.0), 2 * x, atol=1e-12)
+    g = matrix.diffusion(x, 0.0)
+    assert torch.allclose(g @ g.mT, matrix.covariance(x, 0.0), atol=1e-12)
+
+
+@torch.no_grad()
+def _silent_drift(x, t):
+    return -x
+
+
+@pytest.mark.parametrize(
+    "equation",
+    [
+        FokkerPlanck(_silent_drift, 1.0),
+        FokkerPlanck(lambda x, t: -x.detach(), 1.0),
+        FokkerPlanck(lambda x, t: -x, lambda x, t: 1 + 0.5 * x[:, 0].detach().sin()),
+        FokkerPlanck(lambda x, t: torch.from_numpy(-x.detach().numpy()), 1.0),
+    ],
+    ids=["no_grad", "drift detached", "diffusion detached", "numpy"],
+)
+def test_functions_that_torch_cannot_differentiate_are_refused(points, equation, user_error):
+    with user_error("torch"):
+        equation.check_differentiable(points, 0.0)
+
+
+def test_kinks_are_no_reason_to_refuse(points):
+    FokkerPlanck(lambda x, t: -x.sign() - x.relu(), lambda x, t: 1 + x[:, 0].abs()).check_differentiable(points, 0.0)
+    FokkerPlanck(lambda x, t: torch.ones_like(x), 1.0).check_differentiable(points, 0.0)
+
+
+def test_numbers_and_whole_numbers(points, user_error):
+    assert torch.equal(FokkerPlanck(lambda x, t: -x, 2).diffusion(points, 0.0), torch.full_like(points[:, 0], 2))
+    with user_error("expected functions of (x, t)"):
+        FokkerPlanck(1.0, 1.0)
+    with user_error("torch.int64", "floating-point"):
+        FokkerPlanck(lambda x, t: -x, 1.0).drift(torch.ones(3, 2, dtype=torch.int64), 0.0)

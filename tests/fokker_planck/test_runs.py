@@ -1,0 +1,92 @@
+"""The command that solves a problem: its figures against what the solvers say, its files, problems of one's own."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from diffusion.fokker_planck import GridSolver, problems, runs
+
+TIMES = [0.0, 0.3, 0.6]
+
+
+def test_errors_against_the_exact_law_and_against_a_finer_grid_agree():
+    """Two ways to the same figure: an exact law, and its estimate from twice the cells."""
+    exact = problems.variance_preserving(horizon=0.6)
+    unknown = problems.Problem(exact.equation, exact.start, exact.domain, exact.horizon)
+    for recipe, tolerance in ((runs.Grid(64), 0.05), (runs.Galerkin(32), 0.2)):
+        known, estimated = recipe(exact, TIMES), recipe(unknown, TIMES)
+        right, guess = known.columns["L1 error"][1:], estimated.columns["L1 error (est.)"][1:]
+        assert float(right.min()) > 1e-9
+        assert float((guess / right - 1).abs().max()) < tolerance
+
+
+def test_grid_figures_are_those_of_the_solver():
+    problem = problems.double_well()
+    run = runs.Grid(160)(problem, TIMES)
+    found = GridSolver(problem.equation, problem.domain, 160).solve(problem.start, TIMES)
+    assert torch.equal(run.columns["entropy production"], found.entropy_production)
+    assert torch.equal(run.picture.density, found.density) and torch.equal(run.picture.current, found.current)
+    assert run.facts["cells"] == [160]
+
+
+def test_the_two_solvers_draw_the_same_currents():
+    problem = problems.ratchet()
+    grid, galerkin = runs.Grid(400)(problem, TIMES).picture, runs.Galerkin(64)(problem, TIMES).picture
+    at = torch.searchsorted(galerkin.axes[0], grid.axes[0]).clamp(2, 397)
+    gap = (galerkin.current[:, 0][:, at] - grid.current[:, 0]).abs()[:, 4:-4]
+    assert float(gap.max()) < 0.05 * float(grid.current.abs().max())
+
+
+def test_particles_tell_the_divergence_from_the_exact_law():
+    problem = problems.ornstein_uhlenbeck(2)
+    run = runs.Particles(600, 20, {"hidden": [16], "draws": 500}, seed=1)(problem, TIMES)
+    assert run.picture.shape == (3, 600, 2)
+    assert float(run.columns["KL to exact"].abs().max()) < 0.02
+
+
+@pytest.mark.parametrize(
+    "options", [["solver.cells=40"], ["solver=galerkin", "solver.order=60"]], ids=["grid", "galerkin"]
+)
+def test_the_command_writes_table_figures_and_pictures(run, tmp_path, options):
+    status, out, err = run("fokker_planck", "frames=4", *options, f"hydra.run.dir={tmp_path / 'r'}")
+    assert status == 0, err
+    assert {path.name for path in (tmp_path / "r").iterdir()} == {
+        "config.yaml", "density.gif", "density.png", "figures.json",
+    }  # fmt: skip
+    figures = json.loads((tmp_path / "r" / "figures.json").read_text())
+    assert figures["times"] == pytest.approx([0, 1 / 3, 2 / 3, 1]) and max(figures["mass error"]) < 1e-12
+    assert len(out.splitlines()) == 9 and "L1 error (est.)" in out
+    with Image.open(tmp_path / "r" / "density.gif") as frames:
+        assert frames.n_frames == 4
+
+
+def test_two_dimensions_and_no_animation(run, tmp_path):
+    options = ["problem=banana", "solver.cells=48", "frames=2", "animation=false", f"hydra.run.dir={tmp_path / 'r'}"]
+    status, out, err = run("fokker_planck", *options)
+    assert status == 0, err
+    assert "animation: none" in out and not (tmp_path / "r" / "density.gif").exists()
+
+
+OWN = """
+import torch
+from diffusion.fokker_planck import FokkerPlanck
+from diffusion.fokker_planck.laws import gaussian
+from diffusion.fokker_planck.problems import Problem
+
+def shear(strength: float = 1.0) -> Problem:
+    def drift(x, t):
+        return torch.stack([strength * x[:, 1] - x[:, 0], -x[:, 1]], 1)
+    equation = FokkerPlanck(drift, lambda x, t: 1.0)
+    return Problem(equation, gaussian(0.0, 0.6, 2), ((-5.0, 5.0), (-5.0, 5.0)), 0.5)
+"""
+
+
+def test_a_problem_of_ones_own(run, module):
+    module("own_shear", OWN)
+    own = ["problem=own", "problem._target_=own_shear.shear", "+problem.strength=0.5", "solver.cells=40", "frames=2"]
+    status, out, err = run("fokker_planck", *own, "animation=false")
+    assert status == 0, err
+    assert math.isclose(float(out.splitlines()[2].split()[0]), 0.5)
