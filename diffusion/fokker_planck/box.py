@@ -109,9 +109,7 @@ class Box:
 
     def averages(self, log_prob) -> Tensor:
         """Means (n,) over the cells of the density exp(log_prob(x)), by Gauss and Legendre's rule."""
-        nodes, weights = (torch.from_numpy(v) for v in gauss(START_POINTS[self.dim]))
-        places = torch.cartesian_prod(*[self._tensor(nodes / 2)] * self.dim).reshape(-1, self.dim)
-        shares = torch.cartesian_prod(*[self._tensor(weights / 2)] * self.dim).reshape(len(places), -1).prod(1)
+        places, shares = map(self._tensor, cell_rule(self.dim))
         total = torch.zeros(self.number, dtype=torch.float64, device=self.device)
         many = max(1, AT_ONCE // self.number)
         for some, share in zip(places.split(many), shares.split(many), strict=True):
@@ -128,8 +126,9 @@ class Box:
     def _find(self, offset: tuple[int, ...]) -> Neighbours:
         index = torch.arange(self.number, device=self.device)
         target = torch.zeros_like(index)
+        inside = torch.ones_like(index, dtype=torch.bool)
         first = torch.full((self.number,), math.inf, dtype=torch.float64, device=self.device)  # face that is crossed
-        absorbing = torch.zeros_like(index, dtype=torch.bool)
+        absorbing = torch.zeros_like(inside)
         behind = self.number
         for step, n, word in zip(offset, self.cells, self.boundary, strict=True):
             behind //= n
@@ -138,15 +137,20 @@ class Box:
             if word == "periodic":
                 there = there % n
             elif step:
-                gap = (n - 0.5 - place) / step if step > 0 else (place + 0.5) / -step
-                nearer = ((there < 0) | (there >= n)) & (gap < first)
-                first = torch.where(nearer, gap, first)
-                absorbing = torch.where(nearer, word == "absorbing", absorbing)
+                beyond = there >= n if step > 0 else there < 0
+                inside = inside & ~beyond
+                if "absorbing" in self.boundary:
+                    gap = (n - 0.5 - place) / step if step > 0 else (place + 0.5) / -step
+                    nearer = beyond & (gap < first)
+                    first = torch.where(nearer, gap, first)
+                    absorbing = torch.where(nearer, word == "absorbing", absorbing)
             target = target * n + there
-        inside = torch.isinf(first)
         target = torch.where(inside, target, index)
         by = target - index
-        shifts = [(int(s), inside & (by == s)) for s in by[inside].unique() if s != 0]
+        if "periodic" in self.boundary:
+            shifts = [(int(s), inside & (by == s)) for s in by[inside].unique() if s != 0]
+        else:
+            shifts = [(int(by[inside.nonzero()[0, 0]]), inside)] if bool(inside.any()) else []
         lost = (absorbing & ~inside).nonzero()[:, 0]
         return Neighbours(inside, target, shifts, lost, first[lost])
 
@@ -155,6 +159,14 @@ class Box:
 def gauss(points: int) -> tuple[np.ndarray, np.ndarray]:
     """Gauss and Legendre's nodes and weights on [-1, 1]."""
     return leggauss(points)
+
+
+@lru_cache
+def cell_rule(dim: int) -> tuple[Tensor, Tensor]:
+    """Nodes (N, d) in [-1/2, 1/2]^d and weights (N,) of means over a cell."""
+    nodes, weights = (torch.from_numpy(v) / 2 for v in gauss(START_POINTS[dim]))
+    places = torch.cartesian_prod(*[nodes] * dim).reshape(-1, dim)
+    return places, torch.cartesian_prod(*[weights] * dim).reshape(len(places), -1).prod(1)
 
 
 @lru_cache

@@ -212,7 +212,10 @@ class FokkerPlanck:
             except UserError as error:
                 reasons.append(error)
             except (RuntimeError, IndexError, TypeError, ValueError) as error:
-                reasons.append(UserError(f"{name}(x, t) fails for x {tuple(probe.shape)}: {error}"))
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                reasons.append(
+                    UserError(f"{name}(x, t) fails for x {tuple(probe.shape)}, expected torch operations: {reason}")
+                )
         raise reasons[0]
 
     @staticmethod

@@ -2,18 +2,18 @@
 
 A step from t to t + h is exp(h M) with M the mean of A over the step: the first term of Magnus' series (Magnus 1954;
 Blanes et al. 2009, arXiv 0810.5488), of order 2. It is exact, in one step of any length, where A does not change in
-time or changes by a factor only; and where A generates a Markov chain so does M, so that the step keeps the mass and no
-density becomes negative, whatever its length.
+time or changes by a factor only, see `stepping`; and where A generates a Markov chain so does M, so that the step keeps
+the mass and no density becomes negative, whatever its length.
 """
 
 import itertools
 import math
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from numpy.polynomial.legendre import leggauss
 from scipy.special import ive
@@ -21,24 +21,25 @@ from scipy.stats import poisson
 from torch import Tensor
 
 from diffusion.errors import UserError
+from diffusion.fokker_planck.stepping import Mean, Operator, step
 
-ROUNDING = 1e-13  # relative, up to which operators are the same
 NEGLIGIBLE = 1e-17
 MOST_STEPS = 100_000
+JUMPS = 0.1  # of the tolerance, kept for steps that do not resolve how A changes,
+ONE_JUMP = 0.02  # of what is left of it for one of them
 
-
-class Operator(ABC):
-    """A linear map A of states (B, n).
-
-    Attributes:
-        values: the numbers that it is made of; operators of one equation at several times have them in the same order.
-    """
-
-    values: Tensor
-
-    @abstractmethod
-    def advance(self, state: Tensor, duration: float) -> Tensor:
-        """exp(duration A) state."""
+__all__ = [
+    "Evolution",
+    "Operator",
+    "chebyshev",
+    "evolve",
+    "krylov",
+    "largest",
+    "mean_over",
+    "rising",
+    "talbot",
+    "uniformised",
+]
 
 
 class Evolution(NamedTuple):
@@ -55,8 +56,21 @@ class Evolution(NamedTuple):
     error: float
 
 
+def rising(times: Sequence[float] | Tensor) -> list[float]:
+    """Times as numbers.
+
+    Raises:
+        UserError: there are none, or they do not rise or are not finite.
+    """
+    times = torch.as_tensor(times, dtype=torch.float64).reshape(-1).tolist()
+    rises = all(later > earlier for earlier, later in itertools.pairwise(times))
+    if not times or not rises or not all(map(math.isfinite, times)):
+        raise UserError(f"times are {times}, expected rising finite numbers, the first that of the start")
+    return times
+
+
 def evolve(
-    mean: Callable[[float, float], Operator],
+    mean: Mean,
     state: Tensor,
     times: Sequence[float],
     norm: Callable[[Tensor], float],
@@ -66,21 +80,25 @@ def evolve(
 ) -> Evolution:
     """States (K, B, n) at the rising `times`, from `state` (B, n) at the first of them.
 
+    Changes of A that are over within some hundredth of the time are seen only if a step is near them: give times there.
+
     Args:
         mean: (t, t') -> the mean of A over that time, see `mean_over`.
         norm: of a difference of states.
-        tolerance: of the error at the last time; each step is compared with two of half its length.
+        tolerance: of the error at the last time; the errors of the steps add up to no more.
         steps: of equal length between each two times, instead of steps chosen by the tolerance.
-        extrapolate: combine the step with its halves for order 4; the result may then be negative.
+        extrapolate: combine the step with its parts for order 4; the result may then be negative.
 
     Warns:
         the estimated error of a fixed number of steps is above the tolerance.
 
     Raises:
-        UserError: the tolerance is not met with MOST_STEPS steps.
+        UserError: the tolerance is not met with MOST_STEPS steps, or is no positive number.
     """
+    if not tolerance > 0 or (steps is not None and steps < 1):
+        raise UserError(f"tolerance is {tolerance} and steps is {steps}, expected positive numbers, or no steps")
     states, number, error, total = [state], 0, 0.0, times[-1] - times[0]
-    proposed = total
+    proposed, kept, grow, exponent = total, JUMPS * tolerance, 5.0, 1 / 4 if extrapolate else 1 / 2
     for start, stop in itertools.pairwise(times):
         t = start
         while t < stop:
@@ -88,18 +106,23 @@ def evolve(
             h = (stop - start) / steps if steps else min(left, proposed)
             if left - h < 1e-9 * (stop - start):
                 h = left
-            following, step_error = _step(mean, state, t, h, norm, extrapolate)
+            following, step_error, smooth = step(mean, state, t, h, norm, extrapolate)
             number += 1
-            allowed = tolerance * h / total
             if steps is None:
-                proposed = h * min(5.0, max(0.2, 0.9 * math.sqrt(allowed / max(step_error, 1e-300))))
-                if step_error > allowed:
-                    if number > MOST_STEPS or h < 1e-12 * total:
+                allowed = (1 - JUMPS) * tolerance * h / total
+                if not smooth:
+                    allowed = max(allowed, ONE_JUMP * kept)
+                wanted = 0.9 * (allowed / max(step_error, 1e-300)) ** exponent
+                if not step_error <= allowed:
+                    if number > MOST_STEPS or h < 1e-14 * total:
                         raise UserError(
                             f"the equation cannot be solved to {tolerance:.1g}: at t={t:.6g} a step of {h:.2g} has the "
                             f"error {step_error:.2g}; try a larger tolerance"
                         )
+                    proposed, grow = h * (max(0.2, wanted) if smooth else 0.2), 1.0
                     continue
+                proposed, grow = h * min(grow, max(0.2, wanted)), 5.0
+                kept -= 0 if smooth else step_error
             state, t, error = following, stop if h == left else t + h, error + step_error
         states.append(state)
     if steps and error > tolerance:
@@ -111,34 +134,15 @@ def evolve(
     return Evolution(torch.stack(states), number, error)
 
 
-def _step(mean, state: Tensor, t: float, h: float, norm, extrapolate: bool) -> tuple[Tensor, float]:
-    """The state after a step, and an estimate of its error."""
-    whole, first, second = mean(t, t + h), mean(t, t + h / 2), mean(t + h / 2, t + h)
-    difference = _difference(whole.values, (first.values + second.values) / 2)
-    if difference < ROUNDING and _difference(first.values, second.values, up_to_factor=True) < ROUNDING:
-        return whole.advance(state, h), 0.0  # the operators commute: exact
-    coarse = whole.advance(state, h)
-    fine = second.advance(first.advance(state, h / 2), h / 2)
-    error = norm(fine - coarse) / 3
-    return (fine + (fine - coarse) / 3 if extrapolate else fine), error
-
-
-def _difference(a: Tensor, b: Tensor, up_to_factor: bool = False) -> float:
-    """Largest difference relative to the largest number of `a`."""
-    if a.shape != b.shape:
-        return math.inf
-    if up_to_factor:
-        b = b * (float((a * b).sum()) / max(float((b * b).sum()), 1e-300))
-    return float((a - b).abs().max()) / max(float(a.abs().max()), 1e-300)
-
-
 @lru_cache
 def _gauss(points: int) -> tuple[Sequence[float], Sequence[float]]:
     return leggauss(points)
 
 
 def mean_over(values: Callable[[float], Tensor], start: float, stop: float, points: int = 4) -> Tensor:
-    """The mean of a function of time, by Gauss and Legendre's rule."""
+    """The mean of a function of time, by Gauss and Legendre's rule; its value if they are one time."""
+    if start == stop:
+        return values(start)
     nodes, weights = _gauss(points)
     middle, half = (start + stop) / 2, (stop - start) / 2
     return sum(
@@ -180,6 +184,21 @@ def uniformised(apply: Callable[[Tensor], Tensor], state: Tensor, duration: floa
         if weight > 0:
             total = total + float(weight) * state
     return total / float(weights.sum())
+
+
+@lru_cache
+def talbot(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Poles z and weights w, (number / 2,) complex, with exp(x) = Re sum w / (x - z) for x <= 0, to 3.9^-number.
+
+    The midpoint rule on a contour around the negative axis, cotangent-shaped after Talbot, with the constants of
+    Trefethen, Weideman & Schmelzer (2006, "Talbot quadratures and rational approximations", section 3); `number` is
+    even, and up to about 30: beyond, rounding grows. Of each conjugate pair of poles one is given.
+    """
+    a, b, c, d = 0.5017, 0.6407, -0.6122, 0.2645j
+    theta = np.pi * np.arange(1, number, 2) / number
+    z = number * (a * theta / np.tan(b * theta) + c + d * theta)
+    slope = number * (a / np.tan(b * theta) - a * b * theta / np.sin(b * theta) ** 2 + d)
+    return z, 2j / number * np.exp(z) * slope
 
 
 def largest(apply: Callable[[Tensor], Tensor], like: Tensor, products: int = 12) -> float:

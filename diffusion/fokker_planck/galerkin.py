@@ -1,6 +1,5 @@
 """The density expanded in test functions: spectral accuracy where it is smooth."""
 
-import itertools
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from torch import Tensor
 from diffusion.errors import UserError
 from diffusion.fokker_planck.bases import Basis, Fourier
 from diffusion.fokker_planck.equation import FokkerPlanck
-from diffusion.fokker_planck.evolution import Operator, evolve, mean_over
+from diffusion.fokker_planck.evolution import Operator, evolve, mean_over, rising
 from diffusion.fokker_planck.expansion import Expansion, GalerkinSolution
 from diffusion.fokker_planck.gibbs import GibbsRoot
 from diffusion.fokker_planck.laws import Law
@@ -19,6 +18,7 @@ from diffusion.fokker_planck.products import Product
 from diffusion.fokker_planck.weak_form import Tilt, WeakOperator, coefficients, plain_tilt
 
 REMEMBERED = 3  # operators
+IRREGULAR = 0.618034
 EPSILON = 1.1e-16  # rounding of float64
 OVERFLOW = 600.0  # log
 UNUSABLE = 1e-2  # error in L1
@@ -47,8 +47,8 @@ class WeakSolver(ABC):
         """(t, t') -> the mean operator over that time; the same one where it is the same."""
 
     @abstractmethod
-    def _cut_axes(self, time: float) -> list[int]:
-        """Periodic axes at whose ends drift or covariance differ."""
+    def _cut_axes(self, times: list[float]) -> list[int]:
+        """Periodic axes at whose ends drift or covariance differ, at the times or between them."""
 
     def solve(
         self,
@@ -70,11 +70,7 @@ class WeakSolver(ABC):
         Raises:
             UserError: the equation or the start is not fit for the bases; the message has the figure.
         """
-        times = torch.as_tensor(times, dtype=torch.float64).reshape(-1).tolist()
-        if not times or any(not later > earlier for earlier, later in itertools.pairwise(times)):
-            raise UserError(f"times are {times}, expected at least one, rising")
-        if not tolerance > 0 or (steps is not None and steps < 1):
-            raise UserError(f"tolerance={tolerance} and steps={steps}, expected positive numbers")
+        times = rising(times)
         expansion, tilt = self._expansion(times)
         if isinstance(start, Tensor):
             state, errors = self._from_samples(start, expansion)
@@ -91,7 +87,7 @@ class WeakSolver(ABC):
 
         evolution = evolve(self._mean(tilt), state[None], times, norm, tolerance, steps, extrapolate=True)
         solution = GalerkinSolution.of(expansion, tilt, times, evolution, float(steady), errors)
-        solution.warn_where_coarse(self._cut_axes(times[0]))
+        solution.warn_where_coarse(self._cut_axes(times))
         return solution
 
     def _from_law(self, law: Law, tilt: Tilt, tolerance: float) -> Tensor:
@@ -209,29 +205,26 @@ class GalerkinSolver(WeakSolver):
         self.equation.drift(points[:1], times[0])  # first of all, whether it has as many coordinates as there are bases
         if self.symmetrised:
             root = GibbsRoot(self.equation, self.product, times[0])
-            slope = root.slopes
-            for time in times[1:]:
-                moved = float((GibbsRoot.slope_at(self.equation, points, time) - slope).abs().max())
-                if moved > 1e-9 * max(1.0, float(slope.abs().max())):
-                    raise UserError(
-                        f"the Gibbs density changes in time: the slope of its logarithm moves by {2 * moved:.3g} from "
-                        f"t={times[0]:.4g} to {time:.4g}; take symmetrised=False"
-                    )
-            return Expansion(self.product, root), Tilt.of(self.product, root(points), slope, symmetrised=True)
+            return Expansion(self.product, root), Tilt.of(self.product, root(points), root.slopes, symmetrised=True)
         return Expansion(self.product, self.product.log_tilt), plain_tilt(self.product)
 
-    def _cut_axes(self, time: float) -> list[int]:
-        axes, some = [], self.product.points[:: max(1, len(self.product.points) // 64)]
-        for i, basis in enumerate(self.product.bases):
-            if isinstance(basis, Fourier):
-                low, high = some.clone(), some.clone()
-                low[:, i], high[:, i] = basis.low, basis.high
-                for function in (self.equation.drift, self.equation.covariance):
-                    at_low, at_high = function(low, time), function(high, time)
-                    if float((at_low - at_high).abs().max()) > 1e-9 * max(1.0, float(at_low.abs().max())):
-                        axes.append(i)
-                        break
-        return axes
+    def _cut_axes(self, times: list[float]) -> list[int]:
+        between = [times[0] + (times[-1] - times[0]) * (k * IRREGULAR % 1) for k in range(1, 8)]
+        return [
+            i
+            for i, basis in enumerate(self.product.bases)
+            if isinstance(basis, Fourier) and any(self._is_cut(i, basis, time) for time in times + between)
+        ]
+
+    def _is_cut(self, axis: int, basis: Fourier, time: float) -> bool:
+        low = self.product.points[:: max(1, len(self.product.points) // 64)].clone()
+        high = low.clone()
+        low[:, axis], high[:, axis] = basis.low, basis.high
+        for function in (self.equation.drift, self.equation.covariance):
+            at_low, at_high = function(low, time), function(high, time)
+            if float((at_low - at_high).abs().max()) > 1e-9 * max(1.0, float(at_low.abs().max())):
+                return True
+        return False
 
     def _mean(self, tilt: Tilt) -> Callable[[float, float], WeakOperator]:
         known: list[WeakOperator] = []

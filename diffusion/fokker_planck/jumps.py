@@ -70,7 +70,7 @@ def jumps_at(equation: FokkerPlanck, box: Box, time: float) -> Jumps:
         rates[e] = torch.zeros(2, box.number, dtype=torch.float64, device=box.device)
         if len(here):
             rates[e][:, here] = lines.between(e, here, found.target[here])
-        for sign in (1, -1):
+        for sign in (1, -1) if "absorbing" in box.boundary else ():
             signed = tuple(sign * step for step in e)
             out = box.neighbours(signed)
             if len(out.lost):
@@ -86,6 +86,13 @@ def bernoulli(w: Tensor) -> Tensor:
     return torch.where(w.abs() < 1e-5, 1 - w / 2 + w * w / 12, w / torch.expm1(w))
 
 
+def both_ways(w: Tensor) -> Tensor:
+    """bernoulli(-w) and bernoulli(w), (2, m), by bernoulli(-w) = bernoulli(w) + w."""
+    size = w.abs()
+    less = bernoulli(size)
+    return torch.where(torch.stack([w, -w]) > 0, less + size, less)
+
+
 class _Axes:
     """Noise of its own along each coordinate: `a` is (n,) or (n, d)."""
 
@@ -98,10 +105,8 @@ class _Axes:
         """Both rates (2, m) of the lines from the cells `start` to the cells `stop`."""
         axis = e.index(1)
         w, correction, usual = self._line(start, axis, 1.0)
-        ends = self._own(start, axis, usual), self._own(stop, axis, usual)
-        return torch.stack([ends[0] * bernoulli(-w), ends[1] * bernoulli(w)]) / (
-            correction * self.box.widths[axis] ** 2
-        )
+        ends = self._own(torch.stack([start, stop]), axis, usual)
+        return ends * both_ways(w) / (correction * self.box.widths[axis] ** 2)
 
     def leaving(self, e: Offset, sign: int, start: Tensor, fraction: Tensor) -> Tensor:
         """The rate (m,) from the cells to the face that is the `fraction` of a cell away, along `sign` e."""
@@ -129,9 +134,9 @@ class _Axes:
         d = torch.maximum(d, way.abs().amax(1, keepdim=True) / STEEPEST + TINY)
         slope = way / d
         w, phi = slope @ weights, slope @ integrals.T
-        log_weights = weights.log()
-        correction = (log_weights - phi).logsumexp(1) - (log_weights - w[:, None] * nodes).logsumexp(1)
-        return w, correction.exp().clamp(0.5, 2.0), 1 / ((1 / d) @ weights)
+        least = phi.amin(1, keepdim=True)
+        correction = ((least - phi).exp() @ weights) / ((least - w[:, None] * nodes).exp() @ weights)
+        return w, correction.clamp(0.5, 2.0), 1 / (d.reciprocal() @ weights)
 
 
 class _Matrix:
@@ -167,7 +172,7 @@ class _Matrix:
     def between(self, e: Offset, start: Tensor, stop: Tensor) -> Tensor:
         w = self._line(start, e, 1.0)
         rho = (self._rho(e, start) + self._rho(e, stop)) / 2
-        return torch.stack([rho * bernoulli(-w), rho * bernoulli(w)])
+        return rho * both_ways(w)
 
     def leaving(self, e: Offset, sign: int, start: Tensor, fraction: Tensor) -> Tensor:
         return self._rho(e, start) * bernoulli(-self._line(start, e, sign * fraction[:, None])) / fraction

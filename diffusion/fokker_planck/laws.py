@@ -1,11 +1,13 @@
 """Laws at the start of a problem: densities that can be drawn from."""
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+
+from diffusion.errors import UserError
 
 
 class Law(Protocol):
@@ -48,8 +50,13 @@ class GaussianMixture:
         return torch.einsum("k,kij->ij", self.weights, self.covariances + gaps[:, :, None] * gaps[:, None])
 
     def log_prob(self, x: Tensor) -> Tensor:
-        laws = MultivariateNormal(self.means.to(x), self.covariances.to(x))
-        return MixtureSameFamily(Categorical(self.weights.to(x)), laws).log_prob(x)
+        if x.shape[1] != self.dim:
+            raise UserError(f"points have shape {tuple(x.shape)}, expected (N, {self.dim})")
+        roots = torch.linalg.cholesky(self.covariances.to(x))
+        gaps = (x[:, None] - self.means.to(x)).permute(1, 2, 0)
+        distances = torch.linalg.solve_triangular(roots, gaps, upper=False).square().sum(1)
+        scales = roots.diagonal(dim1=1, dim2=2).log().sum(1) + self.dim * math.log(math.tau) / 2
+        return (self.weights.to(x).log() - scales - distances.T / 2).logsumexp(1)
 
     def sample(self, number: int, generator: torch.Generator | None = None) -> Tensor:
         part = torch.multinomial(self.weights, number, replacement=True, generator=generator)

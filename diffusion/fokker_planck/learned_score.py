@@ -23,12 +23,14 @@ class LearnedScore:
         mean: m, (d,).
         whitening: W, (d, d).
         correction: n.
+        own_share: by how much the points' own places told it, instead of the scores that they carry.
     """
 
     time: float
     mean: Tensor
     whitening: Tensor
     correction: Correction
+    own_share: float = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
         """The score (B, d) at `x` (B, d)."""
@@ -96,7 +98,8 @@ def learn(
     root, info = torch.linalg.cholesky_ex(gaps.T @ gaps / number)
     if int(info) or not bool((root.diagonal() > 1e-12 * root.diagonal().max()).all()):
         raise UserError(
-            f"the {number} particles span no volume at t={time:.6g}; take more, or give it noise in all directions"
+            f"the {number} particles span no volume at t={time:.6g}; take more, or more steps, or give it "
+            "noise in all directions"
         )
     whitening = torch.linalg.inv(root)
     if near is not None:
@@ -111,5 +114,5 @@ def learn(
             correction = trainer.fit(network, regression, Pairs(torch.stack([y, target], 1)), folder, progress=False)
     else:
         correction = copy.deepcopy(correction)
-    correction.requires_grad_(False).solve_last(y, target)
-    return replace(score, correction=correction)
+    share = correction.requires_grad_(False).solve_last(y, target)
+    return replace(score, correction=correction, own_share=share)

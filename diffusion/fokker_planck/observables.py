@@ -12,6 +12,9 @@ from diffusion.fokker_planck.jumps import Jumps
 STEEP = 2.0  # difference of the log density between neighbours at rest, above which a cell is too wide
 STEEP_SHARE = 1e-3  # of the mass, that may be in such cells
 SMALLEST = 1e-300
+ONE_WAY = 300.0  # log of the ratio of jumps there and back
+NEGLIGIBLE = 1e-14  # of the largest flow
+AT_WALLS = 1e-3  # of the mass
 
 
 def current(box: Box, jumps: Jumps, mass: Tensor) -> Tensor:
@@ -33,14 +36,40 @@ def current(box: Box, jumps: Jumps, mass: Tensor) -> Tensor:
 def entropy_production(box: Box, jumps: Jumps, mass: Tensor) -> Tensor:
     """(B,) in nats per unit of time: sum (a - b) log(a / b) over pairs of cells, with a and b the mass that jumps.
 
-    Schnakenberg 1976, eq. 7.6. What is absorbed is not counted.
+    Schnakenberg 1976, eq. 7.6. What is absorbed is not counted. Infinite where there is a flow one way only: next to
+    cells without mass, or without noise.
     """
     total = torch.zeros(len(mass), dtype=torch.float64, device=mass.device)
     for e, rates in jumps.rates.items():
-        there = (rates[0] * mass).clamp_min(SMALLEST)
-        back = (rates[1] * mass[:, box.neighbours(e).target]).clamp_min(SMALLEST)
-        total += ((there - back) * (there / back).log()).sum(1)
+        there, back = rates[0] * mass, rates[1] * mass[:, box.neighbours(e).target]
+        net, ratio = there - back, there.clamp_min(SMALLEST).log() - back.clamp_min(SMALLEST).log()
+        one_way = (ratio.abs() > ONE_WAY) & (net.abs() > NEGLIGIBLE * net.abs().amax(1, keepdim=True))
+        total += torch.where(one_way, math.inf, net * ratio).sum(1)
     return total
+
+
+def warn_if_at_walls(box: Box, masses: Tensor, drift: Tensor, stacklevel: int) -> None:
+    """Warn where mass has come to lie against reflecting walls that the drift points to: the domain may cut it off.
+
+    Args:
+        masses: of the cells at the first and the last time, (2, B, n).
+        drift: at the centres at the last time, (n, d).
+    """
+    outward = torch.zeros(box.number, dtype=torch.bool, device=masses.device)
+    for axis, word in enumerate(box.boundary):
+        if word == "reflecting":
+            places = box.centres[:, axis]
+            outward |= ((places == places.max()) & (drift[:, axis] > 0)) | (
+                (places == places.min()) & (drift[:, axis] < 0)
+            )
+    shares = masses[:, :, outward].sum(2) / masses.sum(2).clamp_min(SMALLEST)
+    first, last = shares.amax(1).tolist()
+    if last > AT_WALLS and first < AT_WALLS / 100:
+        warnings.warn(
+            f"{last:.2g} of the mass has come to lie in the cells at reflecting walls, to which the drift points; if "
+            "these are not meant to hold it, take a larger domain, or absorbing walls to see what leaves",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def steepness(box: Box, jumps: Jumps) -> Tensor:
@@ -56,20 +85,25 @@ def steepness(box: Box, jumps: Jumps) -> Tensor:
     return steepest
 
 
-def warn_if_coarse(box: Box, each: list[Jumps], masses: Tensor, stacklevel: int) -> None:
-    """Warn where, at any of K times, much of the mass (K, B, n) is in cells that are too wide for the drift."""
-    factors, worst, known, steep = [1.0] * box.dim, 0.0, None, None
-    for jumps, mass in zip(each, masses, strict=True):
-        if jumps is not known:
-            known, steep = jumps, steepness(box, jumps)
-        share = (mass / mass.sum(1, keepdim=True).clamp_min(SMALLEST)).amax(0)
+def warn_if_coarse(box: Box, each: list[tuple[Jumps, Tensor]], stacklevel: int) -> None:
+    """Warn where, in any of the states, much of the mass is in cells that are too wide for the drift.
+
+    Args:
+        each: rates, and masses (B, n) that jump at them.
+    """
+    factors, worst = [1.0] * box.dim, 0.0
+    for jumps, mass in each:
+        steep = steepness(box, jumps)
+        if not bool((steep > STEEP).any()):
+            continue
+        shares = mass / mass.sum(1, keepdim=True).clamp_min(SMALLEST)
         for axis, change in enumerate(steep):
-            beyond = float(share[change > STEEP].sum())
-            if beyond > STEEP_SHARE:
-                worst = max(worst, beyond)
+            beyond = (shares @ (change > STEEP).to(shares)).max()
+            if float(beyond) > STEEP_SHARE:
+                worst = max(worst, float(beyond))
                 order = change.argsort(descending=True)
-                at = int((share[order].cumsum(0) <= STEEP_SHARE).sum())
-                factors[axis] = max(factors[axis], float(change[order[min(at, box.number - 1)]]) / STEEP)
+                least = int((shares[:, order].cumsum(1) <= STEEP_SHARE).sum(1).min())
+                factors[axis] = max(factors[axis], float(change[order[min(least, box.number - 1)]]) / STEEP)
     if worst > 0:
         needed = [math.ceil(n * factor) for n, factor in zip(box.cells, factors, strict=True)]
         warnings.warn(

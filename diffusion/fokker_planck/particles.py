@@ -11,8 +11,9 @@ the start law on. The network is regressed on carried scores: targets without no
 denoising score matching. What it misses, e = grad log p - s, bounds the error of the law itself: d KL(p || exact) / dt
 is -1/2 E|w|_a^2 + 1/2 E w.a e <= 1/8 E|e|_a^2, with w = grad log (p / exact) and |w|_a^2 = w.a w.
 
-What no network resolves stays in the scores for good and spoils later fits. The targets therefore are scores that keep
-only a share of it after each step.
+What no network resolves stays in the scores for good and spoils later fits; where the flow contracts, so that scores
+grow, it grows with them. The targets therefore are scores that keep only a share of it after each step, the less the
+more the particles' places contradict them, and the network learns from the places too (Correction.solve_last).
 """
 
 import itertools
@@ -29,6 +30,7 @@ from diffusion.fokker_planck.correction import Correction
 from diffusion.fokker_planck.equation import FokkerPlanck, act
 from diffusion.fokker_planck.laws import Law
 from diffusion.fokker_planck.learned_score import LearnedScore, learn
+from diffusion.fokker_planck.particle_checks import FAR, check_places, step_error, warn_of_score, warn_of_steps
 from diffusion.randomness import derive_seed
 from diffusion.trainer import Trainer
 
@@ -153,6 +155,9 @@ class ParticleSolver:
 
         Raises:
             UserError: the times do not rise, there are too few particles, or some leave for infinity.
+
+        Warns:
+            RuntimeWarning: the steps are too long, or the learned score does not fit the particles.
         """
         times = torch.as_tensor(times, dtype=torch.float64).tolist()
         if steps < 1 or any(later <= earlier for earlier, later in itertools.pairwise(times)):
@@ -170,7 +175,8 @@ class ParticleSolver:
         many = _beginning(start, max(self.draws, shown), times[0], device, generator)
         score = self._learn(many, times[0], network, self.first, len(many.x))
         del many
-        records, bound = [(state, score, 0.0)], 0.0
+        records, bound, coarse = [(state, score, 0.0)], 0.0, 0.0
+        far = FAR * (1 + float(state.x.abs().max()))
         missed = self._missed(state, score, times[0], shown)
         for begin, end in itertools.pairwise(times):
             h = (end - begin) / steps
@@ -179,16 +185,20 @@ class ParticleSolver:
                 probes = self._probes(state.x, generator)
                 now = self._rates(state, score, t, probes)
                 ahead = state.moved(h, now)
-                _check(ahead, t + h, h)
+                check_places(ahead.x, ahead.log_density, ahead.target, t + h, h, n, far)
                 near = score.whitened(state.x[:shown])
                 score = self._learn(ahead, t + h, score.correction, self.following, shown, near)
-                state = state.moved(h, now, self._rates(ahead, score, t + h, probes))
-                _check(state, t + h, h)
+                then = self._rates(ahead, score, t + h, probes)
+                coarse += step_error(now.log_density, then.log_density, h)
+                state = state.moved(h, now, then)
+                check_places(state.x, state.log_density, state.target, t + h, h, n, far)
                 score = self._learn(state, t + h, score.correction, None, shown, near)
-                state = state._replace(target=score(state.x).lerp(state.target, self.memory))
+                state = state._replace(target=score(state.x).lerp(state.target, self.memory * (1 - score.own_share)))
                 before, missed = missed, self._missed(state, score, t + h, shown)
                 bound += h / 2 * (before + missed)
             records.append((state, score, bound))
+            warn_of_steps(coarse, end, steps)
+            warn_of_score(state.x[shown:], score, end)
         states, scores, bounds = zip(*records, strict=True)
         x, log_density, own, _ = (torch.stack(values) for values in zip(*states, strict=True))
         times, bounds = (torch.tensor(values, dtype=torch.float64) for values in (times, bounds))
@@ -255,7 +265,7 @@ def _beginning(start: Law, number: int, t: float, device: torch.device, generato
             (score,) = torch.autograd.grad(log_density.sum(), x)
         parts.append(State(x.detach(), log_density.detach(), score, score))
     state = State(*(torch.cat(values) for values in zip(*parts, strict=True)))
-    _check(state, t, 0.0)
+    check_places(state.x, state.log_density, state.target, t, 0.0)
     return state
 
 
@@ -267,13 +277,3 @@ def _divergence(function, x: Tensor, probes: Tensor | None) -> Tensor:
         _, slope = torch.func.jvp(function, (x,), (direction.expand_as(x),))
         total = total + (slope * direction).sum(1)
     return total if probes is None else total / len(probes)
-
-
-def _check(state: State, t: float, h: float) -> None:
-    """Raise where what moves the particles is not finite."""
-    fine = torch.cat([state.x, state.log_density[:, None], state.target], 1).isfinite().all(1)
-    if lost := int((~fine).sum()):
-        raise UserError(
-            f"{lost} of {len(fine)} particles have a place, density or score that is not finite at t={t:.6g}, after a "
-            f"step of {h:.3g}; take more steps, or check the drift and the start law"
-        )

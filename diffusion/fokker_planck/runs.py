@@ -133,6 +133,7 @@ class Grid(Recipe):
         if "absorbing" in solver.box.boundary:
             columns["absorbed"] = found.absorbed
         facts = {"cells": list(solver.box.cells), "steps in time": found.steps, "error in time": found.time_error}
+        facts["mass put back after rounding"] = found.put_back
         return Run(
             found.times.cpu(), _on_cpu(columns), facts, Lattice(*_on_cpu(found.grid, found.density, found.current))
         )

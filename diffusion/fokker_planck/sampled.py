@@ -119,5 +119,5 @@ class SampledGalerkinSolver(WeakSolver):
         operator = _Matrix(self.matrix)
         return lambda start, stop: operator
 
-    def _cut_axes(self, time: float) -> list[int]:
+    def _cut_axes(self, times: list[float]) -> list[int]:
         return []

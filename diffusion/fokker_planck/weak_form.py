@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion.errors import UserError
 from diffusion.fokker_planck.equation import FokkerPlanck, act
 from diffusion.fokker_planck.evolution import Operator, chebyshev, krylov, largest
 from diffusion.fokker_planck.products import Product, along
 
+SAME = 1e-9  # relative, up to which two drifts are
 DENSE = 400  # unknowns up to which the matrix is formed
 
 
@@ -57,10 +59,21 @@ def gibbs_push(equation: FokkerPlanck, x: Tensor, t: float) -> tuple[Tensor, Ten
 
 
 def coefficients(equation: FokkerPlanck, product: Product, tilt: Tilt, t: float) -> Tensor:
-    """F - D l and D at the nodes, (n, d + 1), (n, 2 d) or (n, d + d^2)."""
+    """F - D l and D at the nodes, (n, d + 1), (n, 2 d) or (n, d + d^2).
+
+    Raises:
+        UserError: chi is not the root of the Gibbs density at this time, as the symmetrised form takes it to be.
+    """
     push, half = gibbs_push(equation, product.points, t)
     turned = act(half, tilt.slope)
-    if not tilt.symmetrised:
+    if tilt.symmetrised:
+        gap, size = float((push - 2 * turned).abs().max()), float(push.abs().max())
+        if not gap <= SAME * max(size, 2 * float(turned.abs().max())):
+            raise UserError(
+                f"the Gibbs density changes in time: at t={t:.4g} the drift differs by {gap:.3g} from what would keep "
+                f"that of the first time, where it is {size:.3g} at most; take symmetrised=False"
+            )
+    else:
         turned = push - turned
     return torch.cat([turned, half.reshape(len(half), -1)], 1)
 

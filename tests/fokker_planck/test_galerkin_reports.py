@@ -62,7 +62,7 @@ def switched():
             "jumps by 0.6",
         ),
         (singular, "singular"),
-        (switched, "moves by 9"),
+        (switched, r"changes in time: at t=0.069\d* the drift differs by 0.3"),
         (lambda: plain().solve(OU.start, [0.0]).density(torch.zeros(3, 2)), r"\(3, 2\)"),
     ],
     ids=[

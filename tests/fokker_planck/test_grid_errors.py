@@ -68,7 +68,7 @@ def test_law_that_is_not_finite(user_error):
         def log_prob(self, x):
             return torch.full_like(x[:, 0], math.nan)
 
-    with user_error("not finite near x=[-5.8125]"):
+    with user_error("not finite near x=[-7.75]"):
         GridSolver(OU.equation, OU.domain, 32).solve(Law(), [0.0, 1.0])
 
 

@@ -40,6 +40,51 @@ def test_trace_of_the_network(hidden, each):
     assert torch.allclose(trace, torch.einsum("...ij,...ji->...", matrix, jacobians(network, y)), rtol=1e-12)
 
 
+@pytest.mark.parametrize("hidden", [(7,), (7, 6)], ids=["one", "two"])
+def test_slopes_of_the_features(hidden):
+    network, generator = random_network(4, hidden), torch.Generator().manual_seed(1)
+    y = torch.randn(5, 4, generator=generator, dtype=DOUBLE)
+    wanted = torch.nn.functional.pad(jacobians(network.features, y), (0, 0, 0, 1))
+    assert torch.allclose(network._slopes(y), wanted, rtol=1e-12)
+    assert torch.allclose(network._mean_slopes(y), wanted.mean(0), rtol=1e-12)
+
+
+def scored(number=4000):
+    """Draws of two Gaussians, whitened, and the scores there."""
+    law, generator = problems.two_gaussians(2), torch.Generator().manual_seed(0)
+    x = law.sample(number, generator).requires_grad_()
+    (scores,) = torch.autograd.grad(law.log_prob(x).sum(), x)
+    return x.detach(), scores
+
+
+SPOILS = {
+    "outlier": lambda s: s.index_fill(0, torch.tensor([0]), 1e6),
+    "scaled": lambda s: 1.5 * s,
+    "absent": lambda s: 0 * s,
+    "infinite": lambda s: s.index_fill(0, torch.tensor([0]), torch.inf),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+def test_wrong_targets_are_contradicted_by_the_places(spoil):
+    x, scores = scored()
+    network = learn(x, scores, 0.0, Correction(2, (16,), torch.Generator().manual_seed(0)), QUICK).correction
+    right, wrong = (learn(x, s, 0.0, network, None) for s in (scores, SPOILS[spoil](scores)))
+    best, found = (float((score(x) - scores).norm() / scores.norm()) for score in (right, wrong))
+    assert right.own_share < 0.2
+    assert wrong.own_share > 0.9
+    assert found < best + 0.1
+
+
+def test_places_do_not_spoil_right_targets():
+    """In 20 dimensions with 200 points, where the places tell little."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 20, generator=generator, dtype=DOUBLE)
+    score = learn(x, -x, 0.0, Correction(20, (8,), generator), None)
+    assert score.own_share < 0.1
+    assert float((score(x) + x).norm() / x.norm()) < 0.05
+
+
 COVARIANCES = {
     "isotropic": lambda x: 1 + x[:, 0] ** 2,
     "constant_isotropic": lambda x: torch.full_like(x[:, 0], 2.5),

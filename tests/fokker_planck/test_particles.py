@@ -1,16 +1,18 @@
 """Particles with a learned score: closed forms, the order of the steps, exact laws, and errors."""
 
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
 from diffusion.errors import UserError
-from diffusion.fokker_planck import FokkerPlanck, ParticleSolver, problems
+from diffusion.fokker_planck import FokkerPlanck, GridSolver, ParticleSolver, correction, problems
 from diffusion.fokker_planck.correction import Correction
 from diffusion.fokker_planck.laws import GaussianMixture, gaussian
 from diffusion.fokker_planck.learned_score import LearnedScore
+from diffusion.fokker_planck.particle_checks import step_error, warn_of_score
 from diffusion.trainer import Trainer
 
 DOUBLE = torch.float64
@@ -47,8 +49,12 @@ def gaussian_problem(diffusion):
 
 
 @pytest.mark.parametrize("name", FLOWS)
-def test_order_of_the_steps(name):
-    """Densities and scores of Gaussians, whose scores the network has exactly: what is left is the error in time."""
+def test_order_of_the_steps(name, monkeypatch):
+    """Densities and scores of Gaussians, whose scores the network has exactly: what is left is the error in time.
+
+    The places of so few particles are not asked.
+    """
+    monkeypatch.setattr(correction, "WIDE", math.inf)
     problem, errors = FLOWS[name](), []
     for steps in (16, 32):
         solution = ends(problem, steps)
@@ -106,6 +112,15 @@ def test_bound_holds_and_grows(mixture):
     assert bounds[0] == 0
     kl, error = solution.kl(problem.law_at(0.6))
     assert kl - 2 * error < bounds[-1] < 0.3
+
+
+def test_rate_of_the_bound():
+    """1/8 E e.a e, a = 2, for the standard normal's score where that of a normal of mean (1, 1) is right."""
+    law, x = gaussian(1.0, 1.0, 2), torch.randn(10, 2, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    eye = torch.eye(2, dtype=DOUBLE)
+    score = LearnedScore(0.0, torch.zeros(2, dtype=DOUBLE), eye, Correction(2, (4,)).requires_grad_(False))
+    solver = ParticleSolver(problems.ornstein_uhlenbeck(2).equation)
+    assert solver._missed(solver_state(law, x), score, 0.0, 4) == pytest.approx(2 * 2 / 8)
 
 
 def test_carried_scores_are_gradients_of_carried_densities():
@@ -220,7 +235,9 @@ def test_bad_input(options, run, words):
 
 def test_lost_particles():
     equation = FokkerPlanck(lambda x, t: 1e308 * x.tanh(), lambda x, t: 1.0)
-    with pytest.raises(UserError, match=r"of 40 particles .* not finite at t=.*, after a step of 10; take more steps"):
+    with pytest.raises(
+        UserError, match=r"of 40 particles .* not finite at t=.*, after a step of 10 \(step 1\); take more steps"
+    ):
         ends(replace(problems.ornstein_uhlenbeck(2, horizon=20.0), equation=equation), 2)
 
 
@@ -228,3 +245,60 @@ def test_particles_in_a_plane():
     equation = FokkerPlanck(lambda x, t: torch.cat([-x[:, :1], -2 * x[:, 1:]], 1), lambda x, t: 0.0)
     with pytest.raises(UserError, match="span no volume at t=1"):
         ends(replace(problems.ornstein_uhlenbeck(2), equation=equation), 1)
+
+
+def double_well(steps, hidden=(24,), number=1000, dim=1):
+    """From one well into the other: a new mode grows, and the drift's slope is -100 at the cloud's edge."""
+    equation = FokkerPlanck(lambda x, t: 4 * (x - x**3), lambda x, t: 1.0)
+    solver = ParticleSolver(equation, hidden=hidden, first=QUICK, draws=4000)
+    times, generator = [0.0, 0.5, 1.0], torch.Generator().manual_seed(0)
+    return equation, solver.solve(gaussian(-1.0, 0.3, dim), times, number, steps, generator)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_new_mode_grows():
+    equation, solution = double_well(30, (32,), 2000)
+    grid = GridSolver(equation, [(-3, 3)], cells=200).solve(gaussian(-1.0, 0.3), [0.0, 0.5, 1.0])
+    x, width = grid.grid[0], 6 / 200
+    entropy = -(grid.density * grid.density.clamp_min(1e-300).log()).sum(1) * width
+
+    assert torch.allclose(solution.entropy, entropy, atol=0.04)
+    assert torch.allclose(solution.mean[:, 0], (grid.density * x).sum(1) * width, atol=0.05)
+
+
+def test_steps_too_long_are_warned_of():
+    with pytest.warns(
+        RuntimeWarning, match=r"at t=1 are off by about .*, because 5 steps are too few.*take 10 or more"
+    ):
+        double_well(5)
+
+
+def test_fine_steps_are_not():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ends(problems.ornstein_uhlenbeck(2, turn=1.5), 16)
+
+
+def test_error_of_a_step():
+    """Heun's on a rate that falls from 1 to 1 - 2c: Euler's error h c, times c / (1 + c)."""
+    now, c = torch.ones(5, dtype=DOUBLE), 0.2
+    assert step_error(now, now - 2 * c, 0.1) == pytest.approx(0.1 * c * c / (1 + c))
+    assert step_error(0 * now, 0 * now, 0.1) == 0
+
+
+@pytest.mark.parametrize(("scale", "warned"), [(1.0, False), (1.05, False), (1.3, True), (0.7, True)])
+def test_scores_that_do_not_fit_are_warned_of(scale, warned):
+    x = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    whitening = scale**0.5 * torch.eye(3, dtype=DOUBLE)
+    score = LearnedScore(0.5, torch.zeros(3, dtype=DOUBLE), whitening, Correction(3, (4,)).requires_grad_(False))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        warn_of_score(x, score, 0.5)
+    assert [str(one.message)[:26] for one in found] == ["the score learned at t=0.5"] * warned
+
+
+def test_particles_that_run_away_name_the_step():
+    """x^3 on its way out: told before the drift itself is not finite."""
+    equation = FokkerPlanck(lambda x, t: x**3, lambda x, t: 1.0)
+    with pytest.raises(UserError, match=r"particles have a place.* not finite at t=.*\(step \d+\); take more steps"):
+        ends(replace(problems.ornstein_uhlenbeck(2), equation=equation, horizon=40.0), 20)

@@ -1,0 +1,78 @@
+"""What the grid solver says of itself: mass that rounding took, pulses, walls, infinite entropy production."""
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from diffusion.fokker_planck import FokkerPlanck, GridSolver, problems
+from diffusion.fokker_planck.box import Box
+from diffusion.fokker_planck.jump_process import JumpProcess
+from diffusion.fokker_planck.jumps import jumps_at
+from diffusion.fokker_planck.laws import gaussian
+
+CASES = {
+    "ornstein_uhlenbeck": lambda: problems.ornstein_uhlenbeck(),
+    "double_well": lambda: problems.double_well(),
+    "double_well_2d": lambda: problems.double_well(2),
+    "turning": lambda: problems.ornstein_uhlenbeck(2, turn=2.0),
+    "ratchet": lambda: problems.ratchet(),
+    "banana": lambda: problems.banana(),
+    "variance_preserving": lambda: problems.variance_preserving(),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("boundary", ["reflecting", "absorbing", "periodic"])
+@pytest.mark.filterwarnings("ignore:the grid is too coarse")
+def test_columns_sum_to_zero_and_little_is_put_back(name, boundary):
+    """The chain itself keeps the mass; what `mass_error` is after correction would hide a chain that does not."""
+    problem = CASES[name]()
+    solver = GridSolver(problem.equation, problem.domain, 40, boundary)
+    box = Box(problem.domain, 40, boundary)
+    process = JumpProcess(box, jumps_at(problem.equation, box, 0.3))
+    state = torch.rand(
+        3, box.number + process.absorbing, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    assert float(process.apply(state).sum(1).abs().max()) < 1e-12 * process.rate * box.number
+    found = solver.solve(problem.start, [0.0, 0.1, 0.3])
+    assert 0 <= found.put_back < 1e-10
+
+
+def test_a_chain_that_leaks_is_seen():
+    problem = problems.ornstein_uhlenbeck()
+    box = Box(problem.domain, 40)
+    process = JumpProcess(box, jumps_at(problem.equation, box, 0.0))
+    process.exit = process.exit * 1.02
+    mass = box.averages(problem.start.log_prob)[None] * box.volume
+    kept = process.advance(mass, 0.5)
+    assert float((kept.sum() / mass.sum() - 1).abs()) < 1e-12 and process.ledger.put_back > 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 100}], ids=["tolerance", "steps"])
+def test_a_kick_near_the_end_is_not_missed(options):
+    """dx = -x dt + dw, and a push of 20 from 0.95 on."""
+    equation = FokkerPlanck(lambda x, t: 20.0 * (t > 0.95) - x, 1.0)
+    found = GridSolver(equation, [(-6, 6)], 120).solve(gaussian(0.5, 0.5), [0.0, 1.0], tolerance=1e-3, **options)
+    mean = float((found.density[-1] * found.grid[0]).sum() * 0.1)
+    exact = 0.5 * math.exp(-1) + 20 * (1 - math.exp(-0.05))
+    assert found.steps > 1 and abs(mean - exact) < 0.1
+
+
+def test_mass_that_piles_up_at_walls_is_named():
+    growing = FokkerPlanck(lambda x, t: x, 1.0)
+    with pytest.warns(UserWarning, match="of the mass has come to lie in the cells at reflecting walls"):
+        GridSolver(growing, [(-2, 2)], 100).solve(gaussian(0.0, 0.3), [0.0, 2.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GridSolver(growing, [(-12, 12)], 400).solve(gaussian(0.0, 0.5), [0.0, 1.0])
+        GridSolver(FokkerPlanck(lambda x, t: -x, 1.0), [(-2, 2)], 100).solve(gaussian(0.0, 0.3), [0.0, 2.0])
+
+
+def test_entropy_production_is_infinite_where_jumps_go_one_way():
+    equation, start = FokkerPlanck(lambda x, t: -x, 1.0), torch.zeros(60, dtype=torch.float64)
+    start[20:30] = 1.0
+    found = GridSolver(equation, [(-3, 3)], 60).solve(start, [0.0, 0.5])
+    assert float(found.entropy_production[0]) == math.inf
+    assert 0 < float(found.entropy_production[1]) < 10
