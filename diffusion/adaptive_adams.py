@@ -8,12 +8,14 @@ III.5 and III.7). With the divided differences D_j of the last slopes and g_j(h)
 
 where D' has the slope at the prediction as its newest. That slope is kept for the next steps, so that a step costs one
 evaluation (PEC; evaluating again, at the corrected state, costs twice as much and gains little). The error of order k
-is the difference between the corrections of orders k and k - 1, (g_k - g_k-1 (h + u_n - u_n-k+1)) D'_k. The order is
-that of k - 1, k and k + 1 which allows the longest next step, and at the start rises with every step.
+is the difference between the corrections of orders k and k - 1, (g_k - g_k-1 (h + u_n - u_n-k+1)) D'_k. It does not see
+that the slope is that of the prediction, which matters for long steps; so the correction, g_k D'_k, is bounded as well.
+The order is that of k - 1, k and k + 1 which allows the longest next step, and at the start rises with every step.
 
 Shapes: B problems of n coordinates, b of them in one call; u, steps and orders are float64 on the CPU.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 ORDER = 8  # at most
-FIRST, LONGEST, SHORTEST = 0.01, 0.1, 1e-12  # steps
+FIRST, LONGEST, SHORTEST = 0.01, 0.05, 1e-12  # steps
 SAFETY, GROWTH, CUT = 0.7, 2.0, 0.2
 
 Slope = Callable[[Tensor, Tensor, Tensor], Tensor]  # (u (b,), y (b, n), index (b,)) -> (b, n)
@@ -37,13 +39,14 @@ class Arrived(NamedTuple):
     error: Tensor  # (B,) sum of the ratios of the steps
 
 
-def integrate(slope: Slope, y: Tensor, ratio: Ratio, max_evaluations: int) -> Arrived:
+def integrate(slope: Slope, y: Tensor, ratio: Ratio, max_evaluations: int, largest: float = math.inf) -> Arrived:
     """From `y` (B, n) at u = 0.
 
     Args:
         slope: is called with the problems that are still on their way only; index, on the CPU, says which.
         ratio: of the error of a step to what is allowed.
         max_evaluations: for a problem.
+        largest: correction, root mean square.
     """
     number, y = len(y), y.clone()
     index = torch.arange(number)
@@ -73,7 +76,8 @@ def integrate(slope: Slope, y: Tensor, ratio: Ratio, max_evaluations: int) -> Ar
         def off(j: Tensor, g=g, gaps=gaps, column=column, index=index, corrected=corrected, term=term) -> Tensor:
             """Ratio of the error at the order j to what is allowed."""
             error = term(g[j, column] - g[j - 1, column] * gaps[j - 1, column], j)
-            return ratio(error, corrected, index).cpu().double().clamp_min(1e-12).nan_to_num(1e12, 1e12)
+            allowed = torch.maximum(ratio(error, corrected, index), root_mean_square(term(g[j, column], j)) / largest)
+            return allowed.cpu().double().clamp_min(1e-12).nan_to_num(1e12, 1e12)
 
         own = off(k)
         fine = (own <= 1) & corrected.isfinite().all(1).cpu()
@@ -93,6 +97,11 @@ def integrate(slope: Slope, y: Tensor, ratio: Ratio, max_evaluations: int) -> Ar
         u[done], known[done] = end[fine], (known[done] + 1).clamp_max(ORDER + 1)
         nodes[:, done] = torch.cat([end[None, fine], nodes[:-1, done]])
     return Arrived(y, u, evaluations, error)
+
+
+def root_mean_square(x: Tensor) -> Tensor:
+    """Root mean square coordinate (b,) of rows (b, n)."""
+    return x.square().mean(1).sqrt()
 
 
 def _integrals(step: Tensor, places: Tensor) -> Tensor:

@@ -57,9 +57,6 @@ class Generator(nn.Module):
         network: network(x, noise, label) -> output like x, with `num_classes` (see diffusion.networks). With heads=2
             the second output is the score, which for a Gaussian base follows from the first.
         shape: of one data point, such as (1, 8, 8).
-
-    Raises:
-        UserError: the network has a second output, and the field no score that it could learn.
     """
 
     def __init__(self, field: Field, network: nn.Module, shape: Sequence[int]):
@@ -69,14 +66,19 @@ class Generator(nn.Module):
         self.heads = network.heads if isinstance(network, Headed) else 1
         if self.heads not in (1, 2):
             raise UserError(f"the network has heads={self.heads}, expected 1, or 2 to learn a score")
-        if self.heads == 2 and (why := flaw(field, self.shape)):
-            raise UserError(f"the network has heads=2, expected 1: there is no score to learn, {_law(field)}: {why}")
         wrap = Preconditioner if isinstance(field, AffineField) else MeasuredPreconditioner
         self.precondition = wrap(field, self.shape, score=self.heads == 2)
 
     def calibrate(self, x0: Tensor) -> "Generator":
-        """Take the moments of the data, on which the preconditioning rests, from a sample (N, *shape) of it."""
+        """Take the moments of the data, on which the preconditioning rests, from a sample (N, *shape) of it.
+
+        Raises:
+            UserError: the network has a second output, and the field no score that it could learn.
+        """
         self._check(x0)
+        if self.heads == 2 and (why := flaw(self.field, self.shape)):
+            found = f"there is no score to learn, {_law(self.field)}: {why}"
+            raise UserError(f"the network has heads=2, expected 1: {found}")
         self.precondition.calibrate(x0)
         return self
 

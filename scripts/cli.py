@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, Interpolation
 
 from diffusion import Generator, UserError, checkpoints, devices, specs
 from diffusion.data import Splits
-from diffusion.samplers import Captured, PlannedSampler, Sampler
+from diffusion.samplers import AdaptiveMultistep, Captured, PlannedSampler, Sampler
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, OSError, torch.OutOfMemoryError)
 
@@ -60,6 +61,8 @@ def command(config_name: str) -> Callable:
         @functools.wraps(main)
         def run() -> None:
             with one_line():
+                warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without the line of our source
+                warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # torch about itself
                 sys.path.append(os.getcwd())  # last, so that no file there hides an installed module
                 sys.argv[1:] = map(_as_text, sys.argv[1:])
                 hydra.main(version_base="1.3", config_path="../conf", config_name=config_name)(task)()
@@ -150,15 +153,18 @@ def _is_path(value: object) -> bool:
 def load(config: DictConfig) -> tuple[Generator, Sampler]:
     """The generator of the option `checkpoint`, and the sampler of the option `sampler`.
 
-    With `compile` the network is compiled. On CUDA the loop of a sampler that has a plan is one CUDA graph; with other
-    samplers the network is.
+    With `compile` the network is compiled. On CUDA the loop of a sampler that has a plan is one CUDA graph, and with
+    other samplers, and for one batch alone, which would end before its graph is made, the network is. With
+    AdaptiveMultistep, whose batches shrink, none is: each size would need its own.
     """
     generator = Generator.load(config.checkpoint, devices.pick(config.device), config.trust)
     sampler = build(config.sampler)
     if config.compile:
-        graphs, planned = generator.device.type == "cuda", isinstance(sampler, PlannedSampler)
-        generator.network.compile(mode="reduce-overhead" if graphs and not planned else None)
-        sampler = Captured(sampler) if graphs and planned else sampler
+        graphs = generator.device.type == "cuda"
+        whole = graphs and isinstance(sampler, PlannedSampler) and config.num_samples > config.batch_size
+        each = graphs and not whole and not isinstance(sampler, AdaptiveMultistep)
+        generator.network.compile(mode="reduce-overhead" if each else None)
+        sampler = Captured(sampler) if whole else sampler
     return generator, sampler
 
 

@@ -25,12 +25,14 @@ def main(config: DictConfig) -> None:
     features = InceptionFeatures() if config.inception else default_features(splits)
     label = torch.arange(config.num_samples) % generator.num_classes if generator.num_classes else None
     samples = generator.sample(config.num_samples, sampler, config.seed, label, config.batch_size, progress=True)
+    name = str(sampler)
+    del sampler  # and the memory of its graph
     evaluation = evaluate(samples.to(generator.device), splits, features, config.seed)
     figures = evaluation.to_dict()
     if config.likelihood:
         figures["likelihood"] = likelihoods(generator, splits, config.likelihood, config.seed, config.batch_size)
     path = run_folder() / "evaluation.json"
-    settings = {"checkpoint": str(config.checkpoint), "num_samples": config.num_samples, "sampler": str(sampler)}
+    settings = {"checkpoint": str(config.checkpoint), "num_samples": config.num_samples, "sampler": name}
     path.write_text(json.dumps({**settings, **figures}, indent=2) + "\n")
     print(evaluation.table())
     for name, value in figures.get("likelihood", {}).items():

@@ -1,7 +1,5 @@
 """Sample from a checkpoint: python scripts/sample.py checkpoint=outputs/.../checkpoints/last num_samples=64"""
 
-import math
-
 from cli import command, expect, load, run_folder
 from omegaconf import DictConfig
 
@@ -17,9 +15,9 @@ def main(config: DictConfig) -> None:
     label = generator.labels(config.label, number)
     size = (number, *generator.shape)
     samples = generate(counted, size, sampler, config.seed, label, config.batch_size, progress=True)
-    evaluations = counted.evaluations / math.ceil(number / config.batch_size)
     picture = save_samples(samples, run_folder())
-    print(f"{number} samples, {evaluations:g} evaluations each: {picture} and {picture.with_suffix('.npz')}")
+    each = f"{counted.points / number:.4g} evaluations each"
+    print(f"{number} samples, {each}: {picture} and {picture.with_suffix('.npz')}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def main(config: DictConfig) -> None:
     field = build(config.field)
     if config.validate and is_main and not resume:
         _refuse_wrong(field, splits)
-    config.heads = 2 if learns_score(field, splits.train.shape) else 1
+    config.heads = _heads(field, splits, resume)
     torch.manual_seed(derive_seed(config.seed, "network"))
     generator = Generator(field, build(config.model), splits.train.shape)
     order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(config.seed))
@@ -100,6 +100,15 @@ def _refuse_wrong(field: Field, splits: Splits) -> None:
             if check.passed is False
         )
         raise UserError(f"the field is wrong: {checks}. See scripts/validate.py; validate=false trains all the same")
+
+
+def _heads(field: Field, splits: Splits, resume: Path | None) -> int:
+    """Outputs of the network: two where a score can be learned, if the run to go on with has them too."""
+    about = checkpoints.read_description(resume).get("model") if resume else None
+    network = about.get("network") if isinstance(about, dict) else None
+    if isinstance(network, dict) and network.get("heads", 1) == 1:
+        return 1
+    return 2 if learns_score(field, splits.train.shape) else 1
 
 
 def _features(config: DictConfig, splits: Splits) -> Features | None:

@@ -5,13 +5,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from omegaconf import OmegaConf
 from PIL import Image
 
 from diffusion import Generator
+from diffusion.samplers import AdaptiveMultistep, Captured, Counted, generate
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -88,6 +92,11 @@ def test_every_sampler_runs_and_the_evaluations_are_reported(run, trained, tmp_p
         status, out, err = run("sample", checkpoint, "num_samples=2", *options)
         assert (status, err.count("error")) == (0, 0)
         assert count in out
+    counted = Counted(Generator.load(trained / "checkpoints" / "best"))
+    generate(counted, (4, 1, 8, 8), AdaptiveMultistep(0.01, 0.01))
+    loose = ["sampler=adaptive_multistep", "sampler.rtol=0.01", "sampler.atol=0.01"]
+    assert f"samples, {counted.points / 4:.4g} evaluations" in run("sample", checkpoint, "num_samples=4", *loose)[1]
+    assert counted.points < 4 * counted.evaluations
 
 
 def test_a_tuned_sampler_takes_the_evaluations_that_it_was_tuned_for(run, trained, tmp_path):
@@ -488,6 +497,40 @@ def test_truncated_checkpoint_is_named(run, trained, tmp_path, name):
     status, _, err = run("sample", f"checkpoint={folder}")
     assert status == 2 and err.count("\n") == 1
     assert str(folder / name) in err
+
+
+def test_a_run_without_a_score_goes_on_without(run, tmp_path):
+    """As those from before the score of its field was learned."""
+    folder = tmp_path / "run"
+    assert run("train", *TINY, "trainer.steps=3", "model.heads=1", f"hydra.run.dir={folder}")[0] == 0
+    status, _, err = run("train", *TINY, f"resume={folder}/checkpoints/last", f"hydra.run.dir={folder}")
+    assert status == 0, err
+    assert Generator.load(folder / "checkpoints" / "last").heads == 1
+
+
+@pytest.mark.parametrize(
+    ("sampler", "number", "mode", "captured"),
+    [
+        ("Heun", 8, "reduce-overhead", False),
+        ("Heun", 9, None, True),
+        ("Adaptive", 9, "reduce-overhead", False),
+        ("AdaptiveMultistep", 9, None, False),
+    ],
+)
+def test_what_is_one_graph_on_cuda(sampler, number, mode, captured, monkeypatch):
+    """The loop, for batches to come; else the network, if batches keep their size."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import cli
+
+    modes = []
+    network = SimpleNamespace(compile=lambda mode: modes.append(mode))
+    generator = SimpleNamespace(device=torch.device("cuda"), network=network)
+    monkeypatch.setattr(cli.Generator, "load", lambda *arguments: generator)
+    monkeypatch.setattr(cli.devices, "pick", lambda device: device)
+    options = {"checkpoint": "c", "device": "cuda", "trust": None, "compile": True, "num_samples": number}
+    config = {**options, "batch_size": 8, "sampler": {"_target_": f"diffusion.samplers.{sampler}"}}
+    _, found = cli.load(OmegaConf.create(config))
+    assert (modes, isinstance(found, Captured)) == ([mode], captured)
 
 
 def test_checkpoint_of_another_architecture_is_refused(run, trained):

@@ -10,6 +10,7 @@ from problems import FIELDS, coupled, swirling
 from diffusion import Generator, checkpoints
 from diffusion.conditional_score import flaw, information
 from diffusion.data import toy
+from diffusion.errors import UserError
 from diffusion.fields import (
     AffineField,
     EmpiricalField,
@@ -168,8 +169,22 @@ class TestWhatIsLearned:
             def log_prob(self, x, t, x0):
                 raise KeyError("width")
 
+        class Unready(Sheared):
+            def sample(self, x0, t, generator=None):
+                raise NotImplementedError
+
+        assert flaw(Unready(0.3), (4,)) == "its score fails, NotImplementedError"
         with user_error("heads=2, expected 1", "KeyError", "width"):
             two_headed(Wrong(0.3), 4)
+
+    def test_loading_asks_for_no_verdict(self, monkeypatch, tmp_path):
+        """It takes seconds, and a trained network is past it."""
+        field = LEARNED["laplace"]()[0]
+        two_headed(field, 2).save(tmp_path / "last")
+        monkeypatch.setattr("diffusion.generator.flaw", lambda field, shape: "it is late")
+        assert Generator.load(tmp_path / "last", field=field).heads == 2
+        with pytest.raises(UserError, match="it is late"):
+            two_headed(field, 2)
 
     @pytest.mark.parametrize("name", ["laplace", "curved"])
     def test_without_an_output_for_it_the_remedy_is_one(self, name, user_error):

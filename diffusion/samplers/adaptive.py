@@ -113,7 +113,7 @@ class Adaptive(ODESampler):
                 f"{self.method} stopped at t={float(clock.times(u)[0]):.4g} after {spent} of {self.max_evaluations} "
                 f"evaluations: {reason}; the result is the field's estimate from there. Raise max_evaluations, rtol or "
                 "atol",
-                stacklevel=3,
+                stacklevel=4,
             )
         t = clock.times(u)
         return endpoint(velocity, state * column(arc.at(t).radius, 0, x), field, t[:, 0].expand(len(x)))

@@ -36,29 +36,34 @@ class Model(Protocol):
 
 
 class Counted:
-    """A model that counts how often it is evaluated, a batch counting as one.
+    """A model that counts how often it is evaluated: `evaluations` in batches, `points` in points.
 
     Velocity and score together count as one where the model gives both at once.
     """
 
     def __init__(self, model: Model):
-        self.model, self.field, self.data_std, self.evaluations = model, model.field, data_std(model), 0
+        self.model, self.field, self.data_std = model, model.field, data_std(model)
+        self.evaluations = self.points = 0
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
     def velocity(self, x: Tensor, t: Tensor | float, **conditions: Any) -> Tensor:
-        self.evaluations += 1
+        self._count(1, x)
         return self.model.velocity(x, t, **conditions)
 
     def score(self, x: Tensor, t: Tensor | float, **conditions: Any) -> Tensor:
-        self.evaluations += 1
+        self._count(1, x)
         return self.model.score(x, t, **conditions)
 
     def velocity_and_score(self, x: Tensor, t: Tensor | float, **conditions: Any) -> Motion:
-        self.evaluations += 1 if isinstance(self.model, Joint) else 2
+        self._count(1 if isinstance(self.model, Joint) else 2, x)
         return motion(self.model, x, t, **conditions)
+
+    def _count(self, number: int, x: Tensor) -> None:
+        self.evaluations += number
+        self.points += number * len(x)
 
 
 Randomness = torch.Generator | Sequence[torch.Generator] | None
@@ -260,6 +265,12 @@ def generate(
             x = torch.cat(draws).to(device=model.device, dtype=state_dtype(model.device))
             conditions = {} if label is None else {"label": label[part].to(model.device)}
             own = [torch.Generator().manual_seed(derive_seed(seed, "path", start + i)) for i in range(len(x))]
-            done.append(sampler(model, x, own, **conditions).to(device="cpu", dtype=torch.float32))
+            try:
+                x_0 = sampler(model, x, own, **conditions)
+            except UserError as error:
+                if start == 0:
+                    raise
+                raise UserError(f"in the batch from sample {start} on, {error}") from error
+            done.append(x_0.to(device="cpu", dtype=torch.float32))
             bar.update(len(x))
     return torch.cat(done)

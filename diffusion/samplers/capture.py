@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from diffusion.conditions import is_of_points, of_points
 from diffusion.errors import UserError
@@ -21,17 +21,21 @@ from diffusion.samplers.base import (
 )
 
 Loop = Callable[[], Outcome]
+PLAIN = bool | int | float | complex | str | torch.dtype | torch.device | None
 
 
 def cuda_graph(loop: Loop, device: torch.device) -> Loop:
     """What does on `device` all that `loop` does, on the same memory, so that each result overwrites the last.
 
-    The loop is run once before, as CUDA libraries and compilers get ready in a first run.
+    The loop is run once before, as CUDA libraries and compilers get ready in a first run. Weights that autocast has
+    cast are not kept for later, as they are the graph's.
 
     Raises:
         UserError: the loop does what a graph cannot hold, such as wait for a value.
     """
-    with torch.cuda.device(device):
+    casting = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    fresh = torch.autocast("cuda", enabled=casting[0], dtype=casting[1], cache_enabled=False)
+    with torch.cuda.device(device), fresh:
         side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -68,7 +72,7 @@ class Captured(Sampler):
     def __init__(self, sampler: PlannedSampler, record: Callable[[Loop, torch.device], Loop] = cuda_graph):
         self.sampler, self.record = sampler, record
         self._model: Model | None = None
-        self._kind: dict[str, Any] = {}
+        self._kind: tuple = ()
         self._size = 0
         self._tape: _Tape | None = None
 
@@ -77,21 +81,27 @@ class Captured(Sampler):
 
     @torch.no_grad()
     def __call__(self, model: Model, x_T: Tensor, generator: Randomness = None, **conditions: Any) -> Tensor:
-        """As any sampler. Conditions that are tensors (B, ...) go with their samples, others are for all."""
+        """As any sampler. Conditions that are tensors (B, ...) go with their samples, others are for all.
+
+        Raises:
+            UserError: a condition is, or holds, neither tensor, number nor text, so that a change would go unnoticed.
+        """
         number, x = len(x_T), x_T.to(state_dtype(x_T.device))
-        kind = {name: _shared(value, number) for name, value in {"x": x, **conditions}.items()}
+        conditions = tree_map_only(Tensor, lambda value: value.to(x.device), conditions)
+        kind = _kind(x, conditions)
         if known := model is self._model and kind == self._kind and number <= self._size:
             index = torch.arange(self._size, device=x.device).clamp_max(number - 1)
             x, conditions = x[index], of_points(conditions, index, number)
         else:
             self._model, self._kind, self._size, self._tape = model, kind, number, None
-        before = model.evaluations if isinstance(model, Counted) else 0
+        before = (model.evaluations, model.points) if isinstance(model, Counted) else (0, 0)
         inputs = self.sampler.plan(model, x), x, conditions
         if known and self._tape is None and number == self._size:
             self._tape = _Tape(lambda *inputs: _loop(self.sampler, model, *inputs), inputs, self.record)
         outcome = _loop(self.sampler, model, *inputs) if self._tape is None else self._tape.play(inputs)
         if isinstance(model, Counted):  # a replay evaluates the network, but calls no function
-            model.evaluations = before + len(outcome.finite)
+            model.evaluations = before[0] + len(outcome.finite)
+            model.points = before[1] + len(outcome.finite) * number
         return outcome.checked()[:number].to(x_T.dtype)
 
 
@@ -114,9 +124,22 @@ def _loop(sampler: PlannedSampler, model: Model, plan: tuple, x: Tensor, conditi
     return velocity.outcome(sampler.follow(plan, velocity, x, model.field))
 
 
-def _shared(value: Any, number: int) -> Any:
-    """What an input has in common in all batches of a kind: for tensors of `number` points, all but the number."""
-    if not isinstance(value, Tensor):
-        return value
-    of_each = is_of_points(value, number)
-    return of_each, value.shape[1:] if of_each else value.shape, value.dtype, value.device
+def _kind(x: Tensor, conditions: dict[str, Any]) -> tuple:
+    """What inputs have in common in all batches of a kind: of tensors (B, ...) all but B, of others all but values."""
+
+    def of_tensor(value: Tensor, of_each: bool) -> tuple:
+        return of_each, value.shape[1:] if of_each else value.shape, value.dtype, value.device
+
+    kind = [of_tensor(x, True)]
+    for name, condition in sorted(conditions.items()):
+        leaves, structure = tree_flatten(condition)
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor | PLAIN):
+                found = f"condition {name} has a {type(leaf).__name__}"
+                raise UserError(f"{found}, expected tensors, numbers and text; try compile=false")
+        kind.append((name, structure))
+        kind += [
+            of_tensor(leaf, is_of_points(condition, len(x))) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+            for leaf in leaves
+        ]
+    return tuple(kind)

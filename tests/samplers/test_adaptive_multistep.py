@@ -2,13 +2,16 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from problems import GaussianMixture
 from reference import error, solved
 from torchdiffeq import odeint
 
-from diffusion.adaptive_adams import integrate
+from diffusion.adaptive_adams import CUT, GROWTH, LONGEST, ORDER, SAFETY, integrate
 from diffusion.errors import UserError
+from diffusion.fields import linear, variance_exploding
 from diffusion.samplers import AdaptiveMultistep
 
 every_problem = pytest.mark.parametrize("name", ["variance_exploding", "variance_preserving", "linear", "gravity"])
@@ -63,6 +66,123 @@ def test_polynomials_are_exact():
 
     arrived = integrate(slope, torch.zeros(1, 2).double(), lambda off, y, index: off.abs().amax(1) / 1e-12, 1000)
     torch.testing.assert_close(arrived.y, torch.ones(1, 2).double(), rtol=0, atol=1e-11)
+
+
+def through(places, f):
+    """The integral's antiderivative of the polynomial through the values of `f` at these places."""
+    scale, middle = max(places) - min(places) or 1.0, places[0]
+    y = (np.array(places) - middle) / scale
+    whole = np.polynomial.Polynomial(np.linalg.solve(np.vander(y, increasing=True), f(np.array(places)))).integ()
+    return lambda u: scale * whole((u - middle) / scale)
+
+
+def test_estimates_and_steps_are_those_of_interpolation():
+    """Slopes that do not depend on y: corrections of all orders are integrals of polynomials through the last ones."""
+
+    def f(u):
+        return np.exp(2 * u) * np.cos(9 * u)
+
+    ends, asked = [0.0], []
+
+    def slope(u, y, index):
+        if float(u) > 0:
+            ends.append(float(u))
+        return torch.from_numpy(f(u.numpy()))[:, None].expand_as(y)
+
+    def ratio(off, y, index):
+        asked.append((float(off[0, 0]), float(y[0, 0])))
+        return off.abs().amax(1) / tolerance
+
+    tolerance, y = 3e-5, 0.0
+    arrived = integrate(slope, torch.zeros(1, 1, dtype=torch.float64), ratio, 1000)
+    assert len(asked) == 3 * (len(ends) - 1)  # of the order, the one below and the one above
+    nodes, order, orders = [0.0], 1, []
+    for number, end in enumerate(ends[1:]):
+        (own, corrected), (below, _), (above, _) = asked[3 * number : 3 * number + 3]
+        places, start = [end, *nodes], nodes[0]
+
+        def correction(k, places=places, start=start, end=end):
+            whole = through(places[: k + 1], f)
+            return whole(end) - whole(start)
+
+        def estimate(k):
+            return correction(k) - correction(k - 1)
+
+        assert corrected == pytest.approx(y + correction(order), abs=1e-12)
+        assert own == pytest.approx(estimate(order), abs=1e-12)
+        fine, known = abs(own) <= tolerance, len(nodes)
+        possible = {order: own}
+        if order > 1:
+            assert below == pytest.approx(estimate(order - 1), abs=1e-12)
+            possible[order - 1] = below
+        if fine and order < ORDER and known > order:
+            assert above == pytest.approx(estimate(order + 1), abs=1e-12)
+            possible[order + 1] = above
+        lengths = {k: (abs(off) / tolerance) ** (-1 / (k + 1)) for k, off in possible.items()}
+        best = max(lengths, key=lengths.get)
+        if number + 2 < len(ends) and ends[number + 2] < 1:
+            expected = (end - start) * min(max(SAFETY * lengths[best], CUT), GROWTH if fine else SAFETY)
+            found = ends[number + 2] - (end if fine else start)
+            assert found == pytest.approx(min(expected, LONGEST), rel=1e-6)
+        order = order + 1 if fine and known == order and order < ORDER else best
+        orders.append(order)
+        if fine:
+            nodes, y = [end, *nodes], corrected
+    assert float(arrived.y) == pytest.approx(y)
+    assert max(orders) >= 4 and len(ends) - 1 > len(nodes) - 1 and min(np.diff(orders)) < 0
+
+
+def two_levels(field, apart):
+    """24 modes in 6 groups, `apart` as far as the groups; and draws from the prior."""
+    randomness = torch.Generator().manual_seed(0)
+    groups, each = (torch.randn(6, n, 2, generator=randomness, dtype=torch.float64) for n in (1, 4))
+    means = (groups + apart * each).view(-1, 2)
+    stds, weights = torch.full((24,), apart / 8, dtype=torch.float64), torch.full((24,), 1 / 24, dtype=torch.float64)
+    return GaussianMixture(field, means, stds, weights), field.sample_prior((32, 2), randomness, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3])
+@pytest.mark.parametrize("apart", [0.02, 0.3])
+@pytest.mark.parametrize("field", [variance_exploding(2), linear(2)], ids=["variance_exploding", "linear"])
+def test_loose_tolerances_find_the_modes(field, apart, tolerance):
+    """Where steps are long the slope at the prediction is what is wrong."""
+    model, x_T = two_levels(field, apart)
+    off = AdaptiveMultistep(tolerance, tolerance)(model, x_T) - AdaptiveMultistep(1e-7, 1e-7)(model, x_T)
+    assert off.norm(dim=1).median() < 0.01
+    assert off.norm(dim=1).max() < 0.05
+
+
+def test_the_correction_is_bounded():
+    """An estimate that is blind leaves the bound alone to shorten the steps."""
+
+    def run(largest):
+        seen = []
+
+        def slope(u, y, index):
+            seen.append((float(u), y.clone()))
+            return 40 * (torch.cos(40 * u)[:, None] - y)
+
+        arrived = integrate(slope, torch.zeros(1, 1).double(), lambda off, y, index: 0 * off[:, 0], 1000, largest)
+        exact = 0.5 * (np.cos(40) + np.sin(40)) - 0.5 * np.exp(-40)
+        return abs(float(arrived.y) - exact), len(seen)
+
+    errors, counts = zip(*[run(largest) for largest in (np.inf, 1e-2, 1e-4)], strict=True)
+    assert errors[0] > 0.1 and errors[1] < 0.02 and errors[2] < 2e-4
+    assert counts[0] < counts[1] < counts[2]
+
+
+@pytest.mark.parametrize(("size", "std", "warned"), [(0.02, None, True), (0.02, 0.02, False), (20.0, 0.8, True)])
+def test_data_of_another_size_than_was_assumed_are_reported(size, std, warned):
+    model, x_T = two_levels(variance_exploding(2), 0.3)
+    model = GaussianMixture(model.field, size * model.means, size * model.stds, model.weights)
+    sampler = AdaptiveMultistep(1e-3, 1e-3, std=std)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sampler(model, x_T)
+        sampler(model, x_T[:15])  # too few to tell
+    assert len(caught) == warned
+    for warning in caught:
+        assert "steps were made for 0.8" in str(warning.message) and warning.filename == __file__
 
 
 @every_problem
@@ -136,8 +256,9 @@ def test_spent_evaluations_end_in_a_warning_and_the_estimate_from_there(allowed)
     problem = solved("linear")
     model, number = Recorded(problem.model), len(problem.x_T)
     message = f"{number} of {number} samples.*sample 0, stopped at t=.* after {allowed - 1} of {allowed} evaluations"
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(UserWarning, match=message) as caught:
         x = AdaptiveMultistep(max_evaluations=allowed)(model, problem.x_T)
+    assert caught[0].filename == __file__
     assert model.sizes == [number] * allowed
     assert x.isfinite().all()
     assert x.abs().max() < 3

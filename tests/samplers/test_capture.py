@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from problems import FIELDS, names
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from diffusion import Generator
 from diffusion.fields import gravity, linear, radial_gravity, variance_exploding
 from diffusion.networks import MLP, UNet
-from diffusion.samplers import Captured, Counted, Euler, Heun, Multistep, RungeKutta, generate
+from diffusion.samplers import Captured, Counted, Euler, Heun, Multistep, RungeKutta, capture, generate
 from diffusion.samplers.base import Evaluations, Outcome
 
 PLANNED = {
@@ -193,6 +194,7 @@ def test_evaluations_are_counted_in_replays(name):
     for calls, number in enumerate([3, 3, 3, 2], start=1):
         captured(model, prior(field, number))
         assert model.evaluations == calls * EVALUATIONS[name]
+        assert model.points == sum([3, 3, 3, 2][:calls]) * EVALUATIONS[name]
 
 
 def test_results_are_not_overwritten():
@@ -248,6 +250,66 @@ def test_what_makes_a_new_recording():
     assert shift == 2  # the recording has memory of its own
 
 
+class Told(Curve):
+    def velocity(self, x, t, shift=(0.0,), more=None):
+        more = more or {}
+        return (x - shift[0] - more.get("a", 0) * more.get("b", 1)) / t[:, None]
+
+
+def test_conditions_that_change_within_are_new():
+    model, record, x = Told(variance_exploding()), Recorder(), prior(variance_exploding(), 4)
+    captured, sampler, shift, more = Captured(Heun(3), record), Heun(3), [1.0], {"a": torch.tensor([1.0, 2.0]), "b": 2}
+
+    def sample(recordings):
+        torch.testing.assert_close(
+            captured(model, x, shift=shift, more=more), sampler(model, x, shift=shift, more=more)
+        )
+        assert record.recordings == recordings
+
+    for recordings in (0, 1, 1):
+        sample(recordings)
+    shift[0] = 5.0
+    sample(1)
+    sample(2)
+    more["a"] = torch.tensor([3.0, -1.0])
+    sample(2)
+    more["a"].add_(1)
+    sample(2)
+    more["b"] = 2.0
+    sample(2)
+    sample(3)
+
+
+@pytest.mark.parametrize("value", [np.ones(2), [object()]], ids=["array", "object"])
+def test_conditions_that_could_change_unnoticed_are_refused(value, user_error):
+    with user_error("condition shift has a", type(value[0] if isinstance(value, list) else value).__name__):
+        Captured(Heun(3), Recorder())(Told(variance_exploding()), prior(variance_exploding(), 4), shift=value)
+
+
+def test_conditions_are_moved_to_the_device_of_the_states(monkeypatch):
+    """One on a CPU would be a constant of the graph."""
+    seen = []
+
+    def kind(x, conditions):
+        seen.append((x.device.type, conditions["shift"].device.type, conditions["more"]["a"].device.type))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(capture, "_kind", kind)
+    x = torch.ones(4, 2, dtype=torch.float64, device="meta")
+    with pytest.raises(KeyboardInterrupt):
+        Captured(Heun(3))(Told(linear()), x, shift=torch.tensor(1.0), more={"a": torch.ones(2)})
+    assert seen == [("meta", "meta", "meta")]
+
+
+@on_cuda
+def test_conditions_on_the_cpu_are_read_anew():
+    model, captured = Labelled(variance_exploding()), Captured(Heun(3))
+    x = prior(model.field, 4).cuda()
+    for value in (1.0, 2.0, 3.0):
+        shift = torch.tensor(value)
+        torch.testing.assert_close(captured(model, x, shift=shift), Heun(3)(model, x, shift=shift))
+
+
 class Breaks(Curve):
     """Sample 2 of its batch has no velocity below t = 1, sample 0 none a little later."""
 
@@ -287,6 +349,15 @@ def test_the_first_velocity_that_is_not_finite_is_reported(name, user_error):
             captured(model, x[:number])
     model.on.fill_(False)
     assert captured(model, x).isfinite().all()
+
+
+def test_the_batch_with_a_velocity_that_is_not_finite_is_named(user_error):
+    model = network(gravity(2), (2,), num_classes=2)
+    model.network.register_forward_hook(lambda module, inputs, output: output / (1 - inputs[2].view(-1, 1)))
+    label = torch.tensor([0, 0, 0, 0, 0, 1])
+    for size, found in ((3, "in the batch from sample 3 on, velocity of sample 2"), (6, "velocity of sample 5")):
+        with user_error(found):
+            generate(model, (6, 2), Euler(3), label=label, batch_size=size)
 
 
 def test_a_captured_sampler_is_called_as_the_sampler():
