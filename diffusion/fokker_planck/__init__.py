@@ -6,6 +6,7 @@ from diffusion.fokker_planck.equation import FokkerPlanck
 from diffusion.fokker_planck.galerkin import GalerkinSolver
 from diffusion.fokker_planck.grid import GridSolution, GridSolver
 from diffusion.fokker_planck.inverse import Fit, fit
+from diffusion.fokker_planck.matching import WeakMatching, paired
 from diffusion.fokker_planck.particles import ParticleSolution, ParticleSolver
 from diffusion.fokker_planck.products import hyperbolic_cross, total_degree
 from diffusion.fokker_planck.sampled import SampledGalerkinSolver
@@ -23,9 +24,11 @@ __all__ = [
     "ParticleSolution",
     "ParticleSolver",
     "SampledGalerkinSolver",
+    "WeakMatching",
     "WeakResidual",
     "fit",
     "hyperbolic_cross",
+    "paired",
     "test_functions",
     "total_degree",
     "weak_residual",

@@ -192,6 +192,24 @@ class FokkerPlanck:
 
         return simulate(self, x, times, steps, generator, order)
 
+    def follow(
+        self,
+        x: Tensor,
+        times: Sequence[float] | Tensor,
+        score: Callable[[Tensor, float], Tensor],
+        tolerance: float = 1e-8,
+    ) -> Tensor:
+        """Paths (len(times), B, d) of the probability-flow ODE from `x` (B, d), which have the densities of the SDE.
+
+        Args:
+            times: rising or falling: the flow goes both ways.
+            score: (x (B, d), t) -> grad log p_t(x), (B, d).
+            tolerance: relative and absolute, of a step of torchdiffeq's dopri5.
+        """
+        from diffusion.fokker_planck.simulation import follow  # it needs this class
+
+        return follow(self, x, times, score, tolerance)
+
     def _call(self, name: str, function: Function, x: Tensor, t: Tensor | float) -> Tensor:
         if x.dim() != 2 or not x.is_floating_point():
             raise UserError(f"points have shape {tuple(x.shape)} and type {x.dtype}, expected (B, d), floating-point")

@@ -1,4 +1,4 @@
-"""Paths of an SDE dx = f dt + g dw by explicit schemes, each of a declared weak order."""
+"""Paths of an SDE dx = f dt + g dw by explicit schemes, each of a declared weak order, and of its probability flow."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torchdiffeq import odeint
 
 from diffusion.errors import UserError
 from diffusion.fokker_planck.equation import FokkerPlanck, act
@@ -109,3 +110,21 @@ def _noise(x: Tensor, h: float, order: int, generator: torch.Generator | None) -
     coins = torch.randint(0, 2, (*x.shape, x.shape[1]), generator=generator, **options)
     upper = (2 * coins - 1).triu(1)
     return Noise(increments, upper - upper.mT)
+
+
+def follow(
+    equation: FokkerPlanck,
+    x: Tensor,
+    times: Sequence[float] | Tensor,
+    score: Callable[[Tensor, float], Tensor],
+    tolerance: float = 1e-8,
+) -> Tensor:
+    """See `FokkerPlanck.follow`."""
+    times = torch.as_tensor(times, dtype=x.dtype, device=x.device)
+
+    def velocity(t: Tensor, x: Tensor) -> Tensor:
+        return equation.velocity(x, t, score(x, float(t)))
+
+    with torch.no_grad():
+        # No step goes beyond the times, where the equation may not be defined.
+        return odeint(velocity, x, times, rtol=tolerance, atol=tolerance, options={"step_t": times[1:]})

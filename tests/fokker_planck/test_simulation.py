@@ -206,3 +206,53 @@ def test_paths_that_leave_for_infinity(order):
     equation = FokkerPlanck(lambda x, t: x**9, lambda x, t: 1.0)
     with pytest.raises(UserError, match="not finite"):
         equation.simulate(torch.full((4, 1), 50.0, dtype=DOUBLE), [0.0, 1.0], 50, order=order)
+
+
+FLOWS = {
+    "ornstein_uhlenbeck": ornstein_uhlenbeck,
+    "turning": lambda: ornstein_uhlenbeck(2, turn=1.0),
+    "variance_preserving": lambda: variance_preserving(horizon=0.4),
+    "geometric_brownian": geometric_brownian,
+}
+
+
+def followed(problem, x, times):
+    def score(x, t):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(problem.law_at(t).log_prob(x).sum(), x)[0]
+
+    return problem.equation.follow(x, times, score)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_probability_flow_comes_back(name):
+    problem = FLOWS[name]()
+    x = problem.start.sample(7, torch.Generator().manual_seed(0))
+    path = followed(problem, x, [0.0, problem.horizon / 2, problem.horizon])
+    assert path.shape == (3, *x.shape) and float((path[-1] - x).abs().max()) > 0.1
+    assert torch.allclose(followed(problem, path[-1], [problem.horizon, 0.0])[-1], x, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ornstein_uhlenbeck", "variance_preserving", "geometric_brownian"])
+def test_the_probability_flow_keeps_the_share_of_the_mass_below(name):
+    problem = FLOWS[name]()
+    x = problem.start.sample(7, torch.Generator().manual_seed(0))
+    moved = followed(problem, x, [0.0, problem.horizon])[-1]
+
+    def below(law, points):
+        shares = []
+        for point in points[:, 0].tolist():
+            y = torch.linspace(-8, point, 20001, dtype=torch.float64)
+            shares.append(float(torch.trapezoid(law.log_prob(y[:, None]).exp(), y)))
+        return shares
+
+    assert below(problem.law_at(problem.horizon), moved) == pytest.approx(below(problem.start, x), abs=1e-5)
+
+
+def test_the_probability_flow_of_turning_gaussians_keeps_their_distance():
+    problem = FLOWS["turning"]()
+    x, end = problem.start.sample(7, torch.Generator().manual_seed(0)), problem.law_at(problem.horizon)
+    moved = followed(problem, x, [0.0, problem.horizon])[-1] - end.mean
+    ratio = end.covariance[0, 0] / problem.start.covariance[0, 0]
+    assert torch.allclose(moved.square().sum(1), ratio * (x - problem.start.mean).square().sum(1), atol=1e-6)
