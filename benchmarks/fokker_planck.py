@@ -24,6 +24,7 @@ from typing import Any
 import fokker_planck_peers as peers
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from diffusion.fokker_planck import FokkerPlanck, Fourier, GalerkinSolver, GridSolver, Hermite, problems
 from diffusion.fokker_planck.problems import Problem
@@ -248,6 +249,32 @@ def orders() -> dict[str, Any]:
     return found
 
 
+def picture(report: dict[str, Any], path: Path) -> None:
+    """Error against CPU time for each problem, and against the number of unknowns."""
+    figure = Figure(figsize=(18, 7), layout="constrained")
+    axes = figure.subplots(2, 4)
+    colours = {"grid": "C0", "galerkin": "C3", "scipy": "C7", "fplanck": "C2", "py-pde": "C1"}
+    for place, name in zip(axes[0], STUDIES, strict=True):
+        for kind, colour in colours.items():
+            rows = [r for r in report["comparison"] if r["problem"] == name and r["method"].startswith(kind)]
+            if rows:
+                place.loglog(
+                    [r["milliseconds"] for r in rows], [r["error"] for r in rows], "o", color=colour, label=kind
+                )
+        place.set(title=name, xlabel="CPU time, ms", ylabel="L1 error")
+    axes[0, 0].legend()
+    for place, name in zip(axes[1], STUDIES, strict=False):
+        for kind, colour in (("grid in space", "C0"), ("galerkin, Fourier", "C3")):
+            entry = report["orders"].get(f"{kind}, {name}")
+            if entry:
+                place.semilogy(entry["sizes"], entry["errors"], "o-", color=colour, label=kind)
+                place.set(ylim=(1e-15, 1), xlabel="unknowns", ylabel="L1 error")
+                place.legend()
+            else:
+                place.axis("off")
+    figure.savefig(path, dpi=80)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=5)
@@ -268,6 +295,8 @@ def main() -> None:
         report["particles"] = [fokker_planck_particles.study(name) for name in fokker_planck_particles.STUDIES]
         report["weak_form"] = weak_form.figures()
     options.out.write_text(json.dumps(report, indent=1) + "\n")
+    if not options.only:
+        picture(report, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

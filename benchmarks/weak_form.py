@@ -6,10 +6,12 @@ standard errors from the truth, over seeds; independent snapshots.
 """
 
 import json
+from dataclasses import replace
 
 import torch
 
 from diffusion.fokker_planck import dictionaries, fit, problems, test_functions, weak_residual
+from diffusion.fokker_planck.laws import gaussian
 
 TIMES = torch.linspace(0, 1, 9, dtype=torch.float64).tolist()
 
@@ -57,7 +59,7 @@ def snapshots(problem, times, points: int, g: torch.Generator) -> torch.Tensor:
     parts = [problem.start.sample(points, g)]
     for t in times[1:]:
         start = problem.start.sample(points, g)
-        parts.append(problem.equation.simulate(start, [0.0, t], max(10, round(100 * t)), g)[-1])
+        parts.append(problem.equation.simulate(start, [0.0, t], max(10, round(200 * t)), g, order=2)[-1])
     return torch.stack(parts)
 
 
@@ -66,14 +68,14 @@ def fits(name: str, seeds: int) -> dict:
     graded = torch.linspace(0, 1, 17, dtype=torch.float64).pow(1.5).tolist()
     problem, degree, times, points = {
         "ornstein_uhlenbeck": (problems.ornstein_uhlenbeck(), 1, TIMES, 2000),
-        "double_well": (problems.double_well(), 3, graded, 4000),
+        "double_well": (replace(problems.double_well(), start=gaussian(0.0, 0.5)), 3, graded, 6000),
     }[name]
     truth = torch.tensor({1: [0.0, -1.0, 2.0], 3: [0.0, 4.0, 0.0, -4.0, 1.0]}[degree], dtype=torch.float64)
     z, last = [], None
     for seed in range(seeds):
         g = torch.Generator().manual_seed(seed)
         x = snapshots(problem, times, points, g)
-        phi = test_functions.RandomFourier.adapted(x, 12, g)
+        phi = test_functions.RandomFourier.adapted(x, 24, g)
         terms = dictionaries.polynomial_drift(1, degree), dictionaries.isotropic_covariance(1)
         last = fit(x, times, *terms, phi)
         z.append((last.coefficients - truth) / last.standard_errors)
