@@ -21,9 +21,9 @@ def step_error(now: Tensor, then: Tensor, h: float) -> float:
     return float(h * change.square() / (now.abs().mean() + change).clamp_min(1e-300))
 
 
-def warn_of_steps(error: float, t: float, steps: int) -> None:
-    """Warn where the sum of all steps' errors up to `t` is more than COARSE."""
-    if not error <= COARSE:
+def warn_of_steps(error: float, t: float, steps: int, dim: int) -> None:
+    """Warn where the sum of all steps' errors up to `t` is more than COARSE, or a tenth of that for each coordinate."""
+    if not error <= COARSE * max(1.0, 0.1 * dim):
         warnings.warn(
             f"the log densities at t={t:.6g} are off by about {error:.2g}, because {steps} steps are too few for this "
             f"drift; take {2 * steps} or more",

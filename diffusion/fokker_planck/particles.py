@@ -197,7 +197,7 @@ class ParticleSolver:
                 before, missed = missed, self._missed(state, score, t + h, shown)
                 bound += h / 2 * (before + missed)
             records.append((state, score, bound))
-            warn_of_steps(coarse, end, steps)
+            warn_of_steps(coarse, end, steps, dim)
             warn_of_score(state.x[shown:], score, end)
         states, scores, bounds = zip(*records, strict=True)
         x, log_density, own, _ = (torch.stack(values) for values in zip(*states, strict=True))
