@@ -1,6 +1,5 @@
 """The density on a grid of cells, in 1, 2 or 3 dimensions, by conservative finite volumes with fitted exponentials."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from torch import Tensor
 from diffusion.errors import UserError
 from diffusion.fokker_planck.box import Box, gauss
 from diffusion.fokker_planck.equation import FokkerPlanck
-from diffusion.fokker_planck.evolution import evolve
+from diffusion.fokker_planck.evolution import evolve, rising
 from diffusion.fokker_planck.jump_process import JumpProcess, Ledger
 from diffusion.fokker_planck.jumps import jumps_at, mean_jumps
 from diffusion.fokker_planck.laws import Law
@@ -119,7 +118,7 @@ class GridSolver:
             UserError: values that are negative, not finite or of another shape; times that do not rise; a law that
                 reaches beyond the domain; a tolerance that cannot be met.
         """
-        times = self._times(times)
+        times = rising(times)
         values, single = self._start(start)
         box, number = self.box, len(values)
         state = values * box.volume
@@ -207,14 +206,6 @@ class GridSolver:
                 if not all(torch.equal(a, b) for a, b in zip(now, first, strict=True)):
                     return False
         return True
-
-    @staticmethod
-    def _times(times) -> list[float]:
-        times = torch.as_tensor(times, dtype=torch.float64).reshape(-1).tolist()
-        rising = all(later > earlier for earlier, later in itertools.pairwise(times))
-        if not times or not rising or not all(map(math.isfinite, times)):
-            raise UserError(f"times is {times}, expected rising numbers, the first that of the start")
-        return times
 
     def _start(self, start: Law | Tensor) -> tuple[Tensor, bool]:
         """Densities (B, n), and whether there is no B."""

@@ -28,6 +28,7 @@ from diffusion import devices
 from diffusion.errors import UserError
 from diffusion.fokker_planck.correction import Correction
 from diffusion.fokker_planck.equation import FokkerPlanck, act
+from diffusion.fokker_planck.evolution import rising
 from diffusion.fokker_planck.laws import Law
 from diffusion.fokker_planck.learned_score import LearnedScore, learn
 from diffusion.fokker_planck.particle_checks import FAR, check_places, step_error, warn_of_score, warn_of_steps
@@ -159,9 +160,9 @@ class ParticleSolver:
         Warns:
             RuntimeWarning: the steps are too long, or the learned score does not fit the particles.
         """
-        times = torch.as_tensor(times, dtype=torch.float64).tolist()
-        if steps < 1 or any(later <= earlier for earlier, later in itertools.pairwise(times)):
-            raise UserError(f"solve has steps={steps} and times={times}, expected at least 1 and rising times")
+        times = rising(times)
+        if steps < 1:
+            raise UserError(f"solve has steps={steps}, expected at least 1")
         device = devices.pick(self.device)
         state = _beginning(start, number, times[0], device, generator)
         shown, dim = round((1 - self.held_out) * number), state.x.shape[1]

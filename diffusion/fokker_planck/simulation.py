@@ -10,6 +10,7 @@ from torchdiffeq import odeint
 
 from diffusion.errors import UserError
 from diffusion.fokker_planck.equation import FokkerPlanck, act
+from diffusion.fokker_planck.evolution import rising
 
 
 class Noise(NamedTuple):
@@ -83,9 +84,9 @@ def simulate(
     order: int,
 ) -> Tensor:
     """See FokkerPlanck.simulate."""
-    times = torch.as_tensor(times, dtype=torch.float64).tolist()
-    if steps < 1 or any(later <= earlier for earlier, later in itertools.pairwise(times)):
-        raise UserError(f"simulate has steps={steps} and times={times}, expected at least 1 and rising times")
+    times = rising(times)
+    if steps < 1:
+        raise UserError(f"simulate has steps={steps}, expected at least 1")
     if order not in SCHEMES:
         raise UserError(f"simulate has order={order}, expected a weak order of {' or '.join(map(str, SCHEMES))}")
     paths = [x]

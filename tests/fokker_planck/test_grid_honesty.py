@@ -76,3 +76,11 @@ def test_entropy_production_is_infinite_where_jumps_go_one_way():
     found = GridSolver(equation, [(-3, 3)], 60).solve(start, [0.0, 0.5])
     assert float(found.entropy_production[0]) == math.inf
     assert 0 < float(found.entropy_production[1]) < 10
+
+
+def test_a_push_between_the_moments_at_which_all_cells_are_asked():
+    """It lasts from 0.33 to 0.38: none of the first moments, irregular shares of the time, is in it."""
+    equation = FokkerPlanck(lambda x, t: 20.0 * ((t > 0.33) & (t < 0.38)) - x, 1.0)
+    found = GridSolver(equation, [(-6, 6)], 120).solve(gaussian(0.5, 0.5), [0.0, 1.0], tolerance=1e-2)
+    mean = float((found.density[-1] * found.grid[0]).sum() * 0.1)
+    assert found.steps > 1 and abs(mean - 0.5 * math.exp(-1) - 20 * (math.exp(-0.62) - math.exp(-0.67))) < 0.1

@@ -12,7 +12,7 @@ from diffusion.fokker_planck import FokkerPlanck, GridSolver, ParticleSolver, co
 from diffusion.fokker_planck.correction import Correction
 from diffusion.fokker_planck.laws import GaussianMixture, gaussian
 from diffusion.fokker_planck.learned_score import LearnedScore
-from diffusion.fokker_planck.particle_checks import step_error, warn_of_score
+from diffusion.fokker_planck.particle_checks import step_error, warn_of_score, warn_of_steps
 from diffusion.trainer import Trainer
 
 DOUBLE = torch.float64
@@ -219,7 +219,7 @@ class Undifferentiable:
         ({"memory": 1.5}, {}, "memory is 1.5"),
         ({"probes": 0}, {}, "probes is 0"),
         ({"device": "abacus"}, {}, "device is 'abacus'"),
-        ({}, {"times": [0.0, 0.0]}, "rising times"),
+        ({}, {"times": [0.0, 0.0]}, "expected rising finite numbers"),
         ({}, {"steps": 0}, "steps=0"),
         ({}, {"number": 12}, "there are 10 particles to learn from and 2 held out, expected at least 14"),
         ({}, {"start": Undifferentiable()}, "has no derivative in x"),
@@ -302,3 +302,14 @@ def test_particles_that_run_away_name_the_step():
     equation = FokkerPlanck(lambda x, t: x**3, lambda x, t: 1.0)
     with pytest.raises(UserError, match=r"particles have a place.* not finite at t=.*\(step \d+\); take more steps"):
         ends(replace(problems.ornstein_uhlenbeck(2), equation=equation, horizon=40.0), 20)
+
+
+def test_the_step_warning_grows_with_the_dimension():
+    """A tenth of COARSE for each coordinate beyond ten: 0.5 nats in 50 dimensions."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_steps(0.09, 1.0, 10, 1)
+        warn_of_steps(0.45, 1.0, 10, 50)
+    for error, dim in ((0.11, 1), (0.11, 10), (0.55, 50)):
+        with pytest.warns(RuntimeWarning, match="take 20 or more"):
+            warn_of_steps(error, 1.0, 10, dim)

@@ -190,7 +190,7 @@ def test_same_generator_same_paths():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"times": [0.0, 1.0, 1.0]}, "rising times"),
+        ({"times": [0.0, 1.0, 1.0]}, "expected rising finite numbers"),
         ({"times": [0.0, 1.0], "steps": 0}, "steps=0"),
         ({"times": [0.0, 1.0], "order": 3}, "order=3, expected a weak order of 1 or 2"),
     ],
