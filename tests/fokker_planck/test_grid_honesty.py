@@ -84,3 +84,10 @@ def test_a_push_between_the_moments_at_which_all_cells_are_asked():
     found = GridSolver(equation, [(-6, 6)], 120).solve(gaussian(0.5, 0.5), [0.0, 1.0], tolerance=1e-2)
     mean = float((found.density[-1] * found.grid[0]).sum() * 0.1)
     assert found.steps > 1 and abs(mean - 0.5 * math.exp(-1) - 20 * (math.exp(-0.62) - math.exp(-0.67))) < 0.1
+
+
+def test_walls_that_hold_mass_from_the_start_are_meant():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start = torch.ones(50, dtype=torch.float64)
+        GridSolver(FokkerPlanck(lambda x, t: torch.ones_like(x), 1.0), [(0, 1)], 50).solve(start, [0.0, 1.0])
