@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom in this interpreter, and prints the figures that its text claims."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -92,3 +93,21 @@ def test_your_own_field_prints_what_it_claims(printed):
     assert [len(column) for column in shares] == [10, 10]
     assert max(shares[1]) > 4 and max(shares[0]) < 0.5 * max(shares[1])
     assert tables[0].count("violated") < 0.5 * tables[1].count("violated")
+
+
+def test_the_density_prints_what_it_claims(printed):
+    text = printed("the_density.ipynb")
+    errors = [float(error) for error in re.findall(r"grid, \d+ cells: L1 error ([-+.\de]+)", text)]
+    assert all(3.5 < coarse / fine < 4.5 for coarse, fine in itertools.pairwise(errors)) and len(errors) == 3
+    assert all(float(figure) < 1e-12 for figure in re.findall(r"mass error ([-+.\de]+)", text))
+    assert all(float(figure) >= 0 for figure in re.findall(r"least density ([-+.\de]+)", text))
+    assert numbers(text, "basis, 101 functions: L1 error #, most negative #")[0] < 1e-9
+    for t in ("0.5", "1.0"):
+        mean, exact_mean, variance, exact_variance = numbers(text, f"t = {t}: mean # (exact #), variance # (exact #)")
+        assert abs(mean - exact_mean) < 0.02 and abs(variance - exact_variance) < 0.02
+    assert numbers(text, "right: largest of 24 residuals # standard errors")[0] < 4
+    assert numbers(text, "5 % too strong: largest of 24 residuals # standard errors")[0] > 8
+    terms = [line.split() for line in re.findall(r"^(?:f1|a): .*$", text, re.M)]
+    for term, truth in zip(terms, (0, 4, 0, -4, 1), strict=True):
+        value, error = float(term[2]), float(term[3])
+        assert abs(value - truth) < 3 * error
