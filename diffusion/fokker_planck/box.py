@@ -124,35 +124,42 @@ class Box:
         return self._neighbours[offset]
 
     def _find(self, offset: tuple[int, ...]) -> Neighbours:
-        index = torch.arange(self.number, device=self.device)
-        target = torch.zeros_like(index)
-        inside = torch.ones_like(index, dtype=torch.bool)
-        first = torch.full((self.number,), math.inf, dtype=torch.float64, device=self.device)  # face that is crossed
-        absorbing = torch.zeros_like(inside)
+        target = index = np.arange(self.number)
+        inside, absorbing = np.ones(self.number, bool), np.zeros(self.number, bool)
+        first = np.full(self.number, math.inf)  # share of the jump, to the face that is crossed
         behind = self.number
         for step, n, word in zip(offset, self.cells, self.boundary, strict=True):
             behind //= n
+            if step == 0:
+                continue
             place = index // behind % n
             there = place + step
             if word == "periodic":
                 there = there % n
-            elif step:
+            else:
                 beyond = there >= n if step > 0 else there < 0
                 inside = inside & ~beyond
                 if "absorbing" in self.boundary:
                     gap = (n - 0.5 - place) / step if step > 0 else (place + 0.5) / -step
                     nearer = beyond & (gap < first)
-                    first = torch.where(nearer, gap, first)
-                    absorbing = torch.where(nearer, word == "absorbing", absorbing)
-            target = target * n + there
-        target = torch.where(inside, target, index)
+                    first = np.where(nearer, gap, first)
+                    absorbing = np.where(nearer, word == "absorbing", absorbing)
+            target = target + (there - place) * behind
+        target = np.where(inside, target, index)
         by = target - index
-        if "periodic" in self.boundary:
-            shifts = [(int(s), inside & (by == s)) for s in by[inside].unique() if s != 0]
-        else:
-            shifts = [(int(by[inside.nonzero()[0, 0]]), inside)] if bool(inside.any()) else []
-        lost = (absorbing & ~inside).nonzero()[:, 0]
-        return Neighbours(inside, target, shifts, lost, first[lost])
+        shifts = np.unique(by[inside]) if "periodic" in self.boundary else by[inside][:1]
+        lost = np.flatnonzero(absorbing & ~inside)
+
+        def moved(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(self.device)
+
+        return Neighbours(
+            moved(inside),
+            moved(target),
+            [(int(s), moved(inside & (by == s))) for s in shifts if s != 0],
+            moved(lost),
+            moved(first[lost]),
+        )
 
 
 @lru_cache
@@ -170,7 +177,7 @@ def cell_rule(dim: int) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache
-def line_rule(points: int) -> tuple[Tensor, Tensor, Tensor]:
+def line_rule(points: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Gauss and Legendre's nodes and weights on [0, 1], and the matrix of integrals from 0 to each node.
 
     The entry (q, r) is the integral from 0 to node q of the polynomial that is 1 at node r and 0 at the others.
@@ -180,4 +187,5 @@ def line_rule(points: int) -> tuple[Tensor, Tensor, Tensor]:
     powers = torch.arange(points, dtype=torch.float64)
     values = nodes[:, None] ** powers
     integrals = nodes[:, None] ** (powers + 1) / (powers + 1)
-    return nodes, weights, torch.linalg.solve(values, integrals, left=False)
+    integrals = torch.linalg.solve(values, integrals, left=False)
+    return nodes.to(device), weights.to(device), integrals.to(device)

@@ -51,6 +51,19 @@ def _semidefinite(a: Tensor, x: Tensor) -> Tensor:
     return a
 
 
+class _Unread(Tensor):
+    """A time without numbers: whatever looks at it, in Python or below, is counted and gets an error."""
+
+    looks = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        _Unread.looks += 1
+        raise TypeError("this time is not to be looked at")
+
+    __torch_dispatch__ = __torch_function__
+
+
 class FokkerPlanck:
     """The equation of dx = drift dt + diffusion dw; from it come its solvers, the SDE and the probability-flow ODE.
 
@@ -160,6 +173,20 @@ class FokkerPlanck:
                     "without detach or numpy"
                 )
         self._differentiable = True
+
+    def looks_at_time(self, x: Tensor) -> bool:
+        """Whether drift or diffusion, asked at `x` (B, d), do anything with the time; if not, it never matters there.
+
+        They are called with a time that has no numbers.
+        """
+        before = _Unread.looks
+        t = Tensor._make_wrapper_subclass(_Unread, (len(x),), dtype=x.dtype, device=x.device)
+        try:
+            self._drift(x, t)
+            (self._covariance or self._diffusion)(x, t)
+        except Exception:
+            return True
+        return _Unread.looks > before
 
     def velocity(self, x: Tensor, t: Tensor | float, score: Tensor) -> Tensor:
         """That of the probability-flow ODE (B, d), which has the same densities: f - 1/2 div a - 1/2 a grad log p.

@@ -36,6 +36,7 @@ __all__ = [
     "krylov",
     "largest",
     "mean_over",
+    "moments",
     "rising",
     "talbot",
     "uniformised",
@@ -135,19 +136,23 @@ def evolve(
 
 
 @lru_cache
-def _gauss(points: int) -> tuple[Sequence[float], Sequence[float]]:
-    return leggauss(points)
+def _gauss(points: int) -> list[tuple[float, float]]:
+    return [(float(node), float(weight)) for node, weight in zip(*leggauss(points), strict=True)]
+
+
+def moments(start: float, stop: float, points: int = 4) -> list[tuple[float, float]]:
+    """Times, and weights of sum 1, of Gauss and Legendre's rule for means; the time itself if both are one."""
+    if start == stop:
+        return [(start, 1.0)]
+    middle, half = (start + stop) / 2, (stop - start) / 2
+    return [(middle + half * node, weight / 2) for node, weight in _gauss(points)]
 
 
 def mean_over(values: Callable[[float], Tensor], start: float, stop: float, points: int = 4) -> Tensor:
     """The mean of a function of time, by Gauss and Legendre's rule; its value if they are one time."""
     if start == stop:
         return values(start)
-    nodes, weights = _gauss(points)
-    middle, half = (start + stop) / 2, (stop - start) / 2
-    return sum(
-        float(weight) / 2 * values(middle + half * float(node)) for node, weight in zip(nodes, weights, strict=True)
-    )
+    return sum(weight * values(time) for time, weight in moments(start, stop, points))
 
 
 def chebyshev(apply: Callable[[Tensor], Tensor], state: Tensor, duration: float, bound: float) -> Tensor:

@@ -1,28 +1,28 @@
 """The density on a grid of cells, in 1, 2 or 3 dimensions, by conservative finite volumes with fitted exponentials."""
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.fokker_planck.box import Box, gauss
+from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.equation import FokkerPlanck
 from diffusion.fokker_planck.evolution import evolve, rising
 from diffusion.fokker_planck.jump_process import JumpProcess, Ledger
-from diffusion.fokker_planck.jumps import jumps_at, mean_jumps
+from diffusion.fokker_planck.jumps import Jumps, jumps_at
 from diffusion.fokker_planck.laws import Law
-from diffusion.fokker_planck.observables import current, entropy_production, warn_if_at_walls, warn_if_coarse
+from diffusion.fokker_planck.observables import current, entropy_production, pairs, warn_if_at_walls, warn_if_coarse
+from diffusion.fokker_planck.rates_in_time import RatesInTime
 from diffusion.fokker_planck.stationary import stationary
 
 LOST = 1e-6  # of the mass of a law, that may be outside the domain
-MOMENTS, MORE, FEW = 7, 16, 64  # moments at which all cells, and at which few cells are asked whether anything changes
-TIME_POINTS = 4  # of Gauss' rule over a step in time
 
 
-class GridSolution(NamedTuple):
+@dataclass(frozen=True)
+class GridSolution:
     """The density at K times; with a batch of B starts, B follows K in every shape but that of `mass_error`.
 
     Attributes:
@@ -30,26 +30,43 @@ class GridSolution(NamedTuple):
         grid: the centres of the cells along each coordinate.
         times: (K,).
         mass_error: (K,), largest |mass + absorbed - mass at the start| over that at the start.
-        current: (K, d, *cells), probability per unit of time and area, at the centres.
-        entropy_production: (K,), in nats per unit of time: sum (a - b) log(a / b) over the pairs of cells, a and b the
-            mass that jumps one way and the other (Schnakenberg 1976). What is absorbed is not counted.
         absorbed: (K,), mass that has left through absorbing faces.
         steps: in time; an equation that does not change, or by a factor only, needs one between two times.
         time_error: estimate of the error of the last density that the steps made, in L1.
         put_back: mass, over that at the start, that rounding in all exponentials lost, gained or made negative, and
             that was put right.
+        box: of the solver.
+        jumps: the rates at the K times, or one for all.
     """
 
     density: Tensor
     grid: tuple[Tensor, ...]
     times: Tensor
     mass_error: Tensor
-    current: Tensor
-    entropy_production: Tensor
     absorbed: Tensor
     steps: int
     time_error: float
     put_back: float
+    box: Box
+    jumps: list[Jumps]
+
+    @cached_property
+    def current(self) -> Tensor:
+        """(K, d, *cells), probability per unit of time and area, at the centres."""
+        return self._flows(current, self.box.dim, *self.box.cells)
+
+    @cached_property
+    def entropy_production(self) -> Tensor:
+        """(K,), in nats per unit of time: sum (a - b) log(a / b) over the pairs of cells.
+
+        Here a and b are the mass that jumps one way and the other (Schnakenberg 1976). What is absorbed is not counted.
+        """
+        return self._flows(entropy_production)
+
+    def _flows(self, of: Callable[[Box, Jumps, Tensor], Tensor], *shape: int) -> Tensor:
+        masses = self.density * self.box.volume
+        each = pairs(self.jumps, masses.reshape(len(self.times), -1, self.box.number))
+        return torch.cat([of(self.box, *pair) for pair in each]).reshape(*self.density.shape[: -self.box.dim], *shape)
 
 
 class GridSolver:
@@ -106,6 +123,8 @@ class GridSolver:
     ) -> GridSolution:
         """The density at rising `times`, the first of which is that of the start.
 
+        A push that is over within a twelfth of the time between two of them may not be seen: give times, or `steps`.
+
         Args:
             start: a law, or densities (*cells) or (B, *cells), of any mass.
             tolerance: of the error in L1 that steps in time make.
@@ -126,12 +145,10 @@ class GridSolver:
             state = torch.cat([state, state.new_zeros(number, 1)], 1)
         mass = state.sum(1)
         states, taken, error, ledger = state[None], 0, 0.0, Ledger()
-        fixed = steps is None and self._unchanging(times)
-        at_start = jumps_at(self.equation, box, times[0])
+        rates = RatesInTime(self.equation, box, times[0], jumps_at(self.equation, box, times[0]), ledger)
         if len(times) > 1:
-            process = JumpProcess(box, at_start, ledger) if fixed else None
             states, taken, error = evolve(
-                (lambda t, u: process) if fixed else (lambda t, u: self._mean(t, u, ledger)),
+                rates.mean,
                 state,
                 times,
                 norm=lambda difference: float((difference.abs().sum(1) / mass).max()),
@@ -139,31 +156,23 @@ class GridSolver:
                 steps=steps,
             )
         cells = states[:, :, : box.number]
-        if fixed:
-            each = [(at_start, cells.reshape(-1, box.number))]
-        else:
-            each = list(zip([at_start] + [jumps_at(self.equation, box, t) for t in times[1:]], cells, strict=True))
-        warn_if_coarse(box, each, stacklevel=2)
-        if "reflecting" in box.boundary and len(times) > 1:
-            warn_if_at_walls(box, cells[[0, -1]], self.equation.drift(box.centres, times[-1]), stacklevel=2)
-        absorbed = states[:, :, box.number :].sum(2)
-        shape = (len(times), number)
-        result = GridSolution(
-            density=(cells / box.volume).reshape(*shape, *box.cells),
+        jumps = [rates.at(t) for t in (times if rates.changing else times[:1])]
+        warn_if_coarse(box, pairs(jumps, cells), stacklevel=2)
+        if len(times) > 1:
+            warn_if_at_walls(box, cells, lambda x: self.equation.drift(x, times[-1]), stacklevel=2)
+        batch = () if single else (number,)
+        return GridSolution(
+            density=(cells / box.volume).reshape(len(times), *batch, *box.cells),
             grid=box.axes,
             times=torch.tensor(times, dtype=torch.float64, device=box.device),
             mass_error=((states.sum(2) - mass).abs() / mass).amax(1),
-            current=torch.cat([current(box, *pair) for pair in each]).reshape(*shape, box.dim, *box.cells),
-            entropy_production=torch.cat([entropy_production(box, *pair) for pair in each]).reshape(shape),
-            absorbed=absorbed,
+            absorbed=states[:, :, box.number :].sum(2).reshape(len(times), *batch),
             steps=taken,
             time_error=error,
             put_back=ledger.put_back,
+            box=box,
+            jumps=jumps,
         )
-        if not single:
-            return result
-        batched = ("density", "current", "entropy_production", "absorbed")
-        return result._replace(**{name: getattr(result, name)[:, 0] for name in batched})
 
     def stationary(self, time: float = 0.0) -> GridSolution:
         """The density (1, *cells) of mass 1 that the equation, as it is at one time, keeps.
@@ -177,35 +186,6 @@ class GridSolver:
         mass = stationary(JumpProcess(self.box, jumps))
         values = (mass / self.box.volume).reshape(self.box.cells)
         return self.solve(values, [float(time)])
-
-    def _mean(self, start: float, stop: float, ledger: Ledger) -> JumpProcess:
-        if start == stop:
-            return JumpProcess(self.box, jumps_at(self.equation, self.box, start), ledger)
-        nodes, weights = gauss(TIME_POINTS)
-        middle, half = (start + stop) / 2, (stop - start) / 2
-        parts = [jumps_at(self.equation, self.box, middle + half * float(node)) for node in nodes]
-        return JumpProcess(self.box, mean_jumps([float(weight) / 2 for weight in weights], parts), ledger)
-
-    def _unchanging(self, times: list[float]) -> bool:
-        """Whether the equation is the same at both ends of the time and irregular moments between.
-
-        At some moments all centres are asked, at more of them a few. A push that is over between two moments, about a
-        twentieth of the time, is not seen; `steps` makes the solver look at every step.
-        """
-        x, turn = self.box.centres, (math.sqrt(5) - 1) / 2
-        few = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:FEW].to(x.device)]
-        shares = [0.0, 1.0] + [k * turn % 1 for k in range(1, MOMENTS + MORE - 1)]
-        if len(times) == 1:
-            return True
-        for points, some in ((x, shares[:MOMENTS]), (few, [0.0, *shares[MOMENTS:]])):
-            first = None
-            for share in some:
-                t = times[0] + (times[-1] - times[0]) * share
-                now = self.equation.drift(points, t), self.equation.diffusion(points, t)
-                first = first or now
-                if not all(torch.equal(a, b) for a, b in zip(now, first, strict=True)):
-                    return False
-        return True
 
     def _start(self, start: Law | Tensor) -> tuple[Tensor, bool]:
         """Densities (B, n), and whether there is no B."""

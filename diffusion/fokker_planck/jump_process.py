@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.fokker_planck.box import Box
-from diffusion.fokker_planck.evolution import NEGLIGIBLE, Operator, talbot, uniformised
+from diffusion.fokker_planck.evolution import NEGLIGIBLE, talbot, uniformised
 from diffusion.fokker_planck.jumps import Jumps
 
 GROWTH = 1e2  # of the terms of a series, which costs as many digits
@@ -30,7 +29,7 @@ class Ledger:
     put_back: float = 0.0
 
 
-class JumpProcess(Operator):
+class JumpProcess:
     """The generator A of the chain: columns sum to 0, and nothing but the diagonal is negative.
 
     A state (B, n) holds the mass of each cell, or (B, n + 1), with the absorbed mass last, where the box has an
@@ -69,13 +68,6 @@ class JumpProcess(Operator):
         self._line = set(self.bands) == {1} and box.device.type == "cpu"
         self._step = math.inf
 
-    @cached_property
-    def values(self) -> Tensor:
-        """What the chain does to a fixed state of random numbers; linear in the rates."""
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.rand(1, self.number + self.absorbing, generator=generator, dtype=torch.float64)
-        return self.apply(probe.to(self.exit))[0]
-
     def apply(self, state: Tensor) -> Tensor:
         """A state."""
         result = torch.empty_like(state)
@@ -90,6 +82,11 @@ class JumpProcess(Operator):
         return result
 
     def advance(self, state: Tensor, duration: float) -> Tensor:
+        """exp(duration A) state.
+
+        Raises:
+            UserError: it is not finite.
+        """
         following = self._rational(state, duration) if self._line and self.rate * duration > 1 else None
         if following is not None:
             return self._kept(following, state)
@@ -112,13 +109,13 @@ class JumpProcess(Operator):
 
     def _kept(self, following: Tensor, state: Tensor) -> Tensor:
         """`following` without what is negative, of the mass of `state`; how much was put right is noted."""
-        mass = state.sum(1)
-        wrong = (following.sum(1) - mass).abs() + following.clamp_max(0).sum(1).abs()
+        mass, kept = state.sum(1, keepdim=True), following.clamp_min(0)
+        wrong = (following.sum(1, keepdim=True) - mass).abs() + (kept - following).sum(1, keepdim=True)
         self.ledger.put_back += float((wrong / mass.clamp_min(1e-300)).max())
-        following = following.clamp_min(0)
-        following *= state.sum(1, keepdim=True) / following.sum(1, keepdim=True).clamp_min(1e-300)
-        torch.maximum(following[:, self.number :], state[:, self.number :], out=following[:, self.number :])
-        return following
+        kept *= mass / kept.sum(1, keepdim=True).clamp_min(1e-300)
+        if self.absorbing:
+            torch.maximum(kept[:, self.number :], state[:, self.number :], out=kept[:, self.number :])
+        return kept
 
     def _rational(self, state: Tensor, duration: float) -> Tensor | None:
         """Talbot's rule; None where it is not exact. What is absorbed, int lost . exp(s A) state ds, has w / z for w.
@@ -133,7 +130,7 @@ class JumpProcess(Operator):
         for number in POLES:
             total, integral = np.zeros(start.shape), np.zeros(start.shape)
             for z, w in zip(*talbot(number), strict=True):
-                found = zgtsv(up, diagonal - z, down, start)[3].reshape(start.shape)
+                found = zgtsv(up, diagonal - z, down, start, overwrite_d=True)[3].reshape(start.shape)
                 total += (w * found).real
                 if self.absorbing:
                     integral += (w / z * found).real

@@ -9,6 +9,7 @@ matrix is first split into lines by Selling's decomposition.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,9 +41,15 @@ class Jumps:
     lost: Tensor
     way: Tensor
 
+    def scaled(self, factor: float) -> "Jumps":
+        """All rates times a factor."""
+        return Jumps({e: factor * rates for e, rates in self.rates.items()}, factor * self.lost, factor * self.way)
 
-def mean_jumps(weights: list[float], parts: list[Jumps]) -> Jumps:
+
+def mean_jumps(weights: Sequence[float], parts: Sequence[Jumps]) -> Jumps:
     """The weighted sum."""
+    if len(parts) == 1:
+        return parts[0]
     rates: dict[Offset, Tensor] = {}
     for weight, part in zip(weights, parts, strict=True):
         for e, values in part.rates.items():
@@ -83,14 +90,13 @@ def jumps_at(equation: FokkerPlanck, box: Box, time: float) -> Jumps:
 
 def bernoulli(w: Tensor) -> Tensor:
     """w / (exp(w) - 1), which is 1 at 0."""
-    return torch.where(w.abs() < 1e-5, 1 - w / 2 + w * w / 12, w / torch.expm1(w))
+    w = torch.where(w == 0, TINY, w)
+    return w / torch.expm1(w)
 
 
 def both_ways(w: Tensor) -> Tensor:
     """bernoulli(-w) and bernoulli(w), (2, m), by bernoulli(-w) = bernoulli(w) + w."""
-    size = w.abs()
-    less = bernoulli(size)
-    return torch.where(torch.stack([w, -w]) > 0, less + size, less)
+    return bernoulli(w.abs()) + torch.stack([w, -w]).clamp_min(0)
 
 
 class _Axes:
@@ -122,7 +128,7 @@ class _Axes:
 
     def _line(self, start: Tensor, axis: int, step: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """The increase of phi, the mean of exp(-phi) over that of a straight phi, and the harmonic mean of D."""
-        nodes, weights, integrals = (v.to(self.box.device) for v in line_rule(POINTS))
+        nodes, weights, integrals = line_rule(POINTS, self.box.device)
         x = self.box.centres[start][:, None].repeat(1, POINTS, 1)
         x[..., axis] += step * nodes * self.box.widths[axis]
         x = self.box.wrapped(x).reshape(-1, self.box.dim)
@@ -135,8 +141,8 @@ class _Axes:
         slope = way / d
         w, phi = slope @ weights, slope @ integrals.T
         least = phi.amin(1, keepdim=True)
-        correction = ((least - phi).exp() @ weights) / ((least - w[:, None] * nodes).exp() @ weights)
-        return w, correction.clamp(0.5, 2.0), 1 / (d.reciprocal() @ weights)
+        bent, straight = ((least - values).exp() @ weights for values in (phi, w[:, None] * nodes))
+        return w, (bent / straight).clamp(0.5, 2.0), 1 / (d.reciprocal() @ weights)
 
 
 class _Matrix:
@@ -182,7 +188,7 @@ class _Matrix:
 
     def _line(self, start: Tensor, e: Offset, step: Tensor | float) -> Tensor:
         """The increase of psi (m,): the integral of D^-1 (f - 1/2 div a) along the line."""
-        nodes, weights, _ = (v.to(self.box.device) for v in line_rule(POINTS))
+        nodes, weights, _ = line_rule(POINTS, self.box.device)
         vector = torch.tensor(e, dtype=torch.float64, device=self.box.device)
         steps = (step * nodes).expand(len(start), POINTS)[..., None] * vector
         x = self.box.wrapped(self.box.centres[start][:, None] + steps * self.box.spacing).reshape(-1, self.box.dim)

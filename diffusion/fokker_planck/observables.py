@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ SMALLEST = 1e-300
 ONE_WAY = 300.0  # log of the ratio of jumps there and back
 NEGLIGIBLE = 1e-14  # of the largest flow
 AT_WALLS = 1e-3  # of the mass
+
+
+def pairs(jumps: list[Jumps], masses: Tensor) -> list[tuple[Jumps, Tensor]]:
+    """Rates, of each of K times or one for all, with the masses (K, B, n) of the cells that jump at them."""
+    if len(jumps) == 1:
+        return [(jumps[0], masses.reshape(-1, masses.shape[2]))]
+    return list(zip(jumps, masses, strict=True))
 
 
 def current(box: Box, jumps: Jumps, mass: Tensor) -> Tensor:
@@ -48,20 +56,24 @@ def entropy_production(box: Box, jumps: Jumps, mass: Tensor) -> Tensor:
     return total
 
 
-def warn_if_at_walls(box: Box, masses: Tensor, drift: Tensor, stacklevel: int) -> None:
+def warn_if_at_walls(box: Box, masses: Tensor, drift: Callable[[Tensor], Tensor], stacklevel: int) -> None:
     """Warn where mass has come to lie against reflecting walls that the drift points to: the domain may cut it off.
 
     Args:
-        masses: of the cells at the first and the last time, (2, B, n).
-        drift: at the centres at the last time, (n, d).
+        masses: of the cells at the times, (K, B, n).
+        drift: at the last time, of points; asked for only where there is mass at walls.
     """
+    axes = [axis for axis, word in enumerate(box.boundary) if word == "reflecting"]
+    last = masses[-1].reshape(-1, *box.cells)
+    near = sum(last.select(axis + 1, end).reshape(len(last), -1).sum(1) for axis in axes for end in (0, -1))
+    if not axes or not bool((near > AT_WALLS * masses[-1].sum(1)).any()):
+        return
+    drift = drift(box.centres)
     outward = torch.zeros(box.number, dtype=torch.bool, device=masses.device)
-    for axis, word in enumerate(box.boundary):
-        if word == "reflecting":
-            places = box.centres[:, axis]
-            outward |= ((places == places.max()) & (drift[:, axis] > 0)) | (
-                (places == places.min()) & (drift[:, axis] < 0)
-            )
+    for axis in axes:
+        places = box.centres[:, axis]
+        outward |= ((places == places.max()) & (drift[:, axis] > 0)) | ((places == places.min()) & (drift[:, axis] < 0))
+    masses = masses[[0, -1]]
     shares = masses[:, :, outward].sum(2) / masses.sum(2).clamp_min(SMALLEST)
     first, last = shares.amax(1).tolist()
     if last > AT_WALLS and first < AT_WALLS / 100:

@@ -84,7 +84,7 @@ def step(
 def _factor(mean: Mean, whole: Operator, some: list[Operator], t: float, h: float) -> float | None:
     """c with exp(c h whole) the exact step, where A is one operator times a factor of time; otherwise None."""
     for operator in some:
-        if operator is not whole and _ratio(operator, whole) is None:
+        if operator is not whole and ratio(operator.values, whole.values) is None:
             return None
     known, change = 1.0, 1.0
     for number in PARTS:
@@ -92,10 +92,10 @@ def _factor(mean: Mean, whole: Operator, some: list[Operator], t: float, h: floa
         factor = 0.0
         for low, high in itertools.pairwise(cuts):
             operator = mean(t + low * h, t + high * h)
-            ratio = 1.0 if operator is whole else _ratio(operator, whole)
-            if ratio is None:
+            share = 1.0 if operator is whole else ratio(operator.values, whole.values)
+            if share is None:
                 return None
-            factor += (high - low) * ratio
+            factor += (high - low) * share
         before, change = change, abs(factor - known)
         known = factor
         if change < (ROUNDING if number == PARTS[0] else AGREEMENT):
@@ -105,14 +105,13 @@ def _factor(mean: Mean, whole: Operator, some: list[Operator], t: float, h: floa
     return None
 
 
-def _ratio(operator: Operator, of: Operator) -> float | None:
-    """The factor between two operators, where there is one and it is not negative."""
-    a, b = operator.values, of.values
+def ratio(a: Tensor, b: Tensor) -> float | None:
+    """The factor of b that a is, where there is one and it is not negative."""
     if a.shape != b.shape:
         return None
-    ratio = float((a * b).sum()) / max(float((b * b).sum()), 1e-300)
-    same = float((a - ratio * b).abs().max()) <= ROUNDING * max(float(a.abs().max()), float(b.abs().max()))
-    return ratio if same and ratio >= 0 else None
+    factor = float((a * b).sum()) / max(float((b * b).sum()), 1e-300)
+    same = float((a - factor * b).abs().max()) <= ROUNDING * max(float(a.abs().max()), float(b.abs().max()))
+    return factor if same and factor >= 0 else None
 
 
 def _smooth(parts: list[Operator], uneven: Operator, first: Operator, last: Operator) -> bool:

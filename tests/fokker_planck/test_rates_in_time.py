@@ -1,0 +1,133 @@
+"""Rates of equations that change in time: found once where that is enough, and never where it is not."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion.fokker_planck import FokkerPlanck, GridSolver, problems
+from diffusion.fokker_planck.box import Box, gauss
+from diffusion.fokker_planck.jumps import jumps_at
+from diffusion.fokker_planck.laws import gaussian
+from diffusion.fokker_planck.observables import current, entropy_production
+from diffusion.fokker_planck.rates_in_time import RatesInTime
+
+
+def forgiving(x, t):
+    try:
+        return -x * float(t[0])
+    except Exception:
+        return -x
+
+
+LOOK = {
+    "product": lambda x, t: -x * t[:, None],
+    "number": lambda x, t: -x * math.sin(float(t)),
+    "comparison": lambda x, t: torch.where((t > 0.5)[:, None], x, -x),
+    "branch": lambda x, t: x if t[0] > 0.5 else -x,
+    "copy": lambda x, t: -x * torch.tensor(t.tolist()).to(x)[:, None],
+    "numpy": lambda x, t: torch.from_numpy(-x.numpy() * np.asarray(t)[:, None]),
+    "below": lambda x, t: -x * torch.tensor(t)[:, None],
+    "forgiving": forgiving,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", LOOK)
+def test_a_look_at_the_time_is_seen(name):
+    x = torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None]
+    assert FokkerPlanck(LOOK[name], 1.0).looks_at_time(x)
+    assert FokkerPlanck(lambda x, t: -x, lambda x, t: LOOK[name](x, t).abs()).looks_at_time(x)
+    assert FokkerPlanck.from_covariance(lambda x, t: -x, lambda x, t: LOOK[name](x, t).abs()).looks_at_time(x)
+
+
+def test_no_look_at_the_time_is_seen_too():
+    x = torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None]
+    layer = torch.nn.Linear(1, 1).double()
+    for drift in (lambda x, t: -x, lambda x, t: layer(x).tanh(), lambda x, t: -x if t is not None else x):
+        assert not FokkerPlanck(drift, 1.0).looks_at_time(x)
+    assert not FokkerPlanck.from_covariance(lambda x, t: -x, lambda x, t: 1 + x.square()).looks_at_time(x)
+
+
+class Counted:
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, x, t):
+        self.calls += 1
+        return self.function(x, t)
+
+
+def test_how_often_an_equation_is_asked():
+    """Once for its kind, once for its rates, once for whether it looks at the time; on lines the noise once more."""
+    drift, noise = Counted(lambda x, t: -x), Counted(lambda x, t: x[:, 0] * 0 + 1)
+    GridSolver(FokkerPlanck(drift, noise), [(-6.0, 6.0)], 64).solve(gaussian(0.5, 0.5), [0.0, 0.3, 1.0])
+    assert (drift.calls, noise.calls) == (3, 4)
+    problem = problems.variance_preserving(horizon=0.3)
+    drift, noise = Counted(problem.equation._drift), Counted(problem.equation._diffusion)
+    found = GridSolver(FokkerPlanck(drift, noise), problem.domain, 64).solve(problem.start, [0.0, 0.3])
+    assert found.steps == 1 and drift.calls <= 48 and noise.calls <= 48
+
+
+MOVING = {
+    "factor": (lambda x, t: -(1 + t)[:, None] * x, lambda x, t: (1 + t).sqrt(), True),
+    "drift": (lambda x, t: -(1 + t)[:, None] * x, lambda x, t: 1.0, False),
+    "noise": (lambda x, t: -x, lambda x, t: 1 + t, False),
+    "push": (lambda x, t: t[:, None] - x, lambda x, t: 1.0, False),
+    "from_rest": (lambda x, t: -t[:, None] * x, lambda x, t: t.sqrt(), False),
+    "to_rest": (lambda x, t: -(0.7 - t).clamp_min(0)[:, None] * x, lambda x, t: (0.7 - t).clamp_min(0).sqrt(), True),
+}
+
+
+@pytest.mark.parametrize("boundary", ["reflecting", "absorbing"])
+@pytest.mark.parametrize("name", MOVING)
+def test_rates_at_a_time_and_their_means(name, boundary, monkeypatch):
+    drift, noise, once = MOVING[name]
+    equation, box = FokkerPlanck(drift, noise), Box([(-3.0, 3.0)], 24, boundary)
+    asked = []
+    monkeypatch.setattr(
+        "diffusion.fokker_planck.rates_in_time.jumps_at", lambda *known: asked.append(known) or jumps_at(*known)
+    )
+    rates = RatesInTime(equation, box, 0.0, jumps_at(equation, box, 0.0))
+    for time in (0.0, 0.4):
+        found, exact = rates.at(time), jumps_at(equation, box, time)
+        torch.testing.assert_close(found.rates[(1,)], exact.rates[(1,)], rtol=1e-12, atol=0)
+        torch.testing.assert_close(found.lost, exact.lost, rtol=1e-12, atol=0)
+        torch.testing.assert_close(found.way, exact.way, rtol=1e-12, atol=0)
+    assert bool(asked) != once
+    process = rates.mean(0.2, 0.6).process
+    parts = [(weight / 2, jumps_at(equation, box, 0.4 + 0.2 * node)) for node, weight in zip(*gauss(4), strict=True)]
+    mean = sum(weight * part.rates[(1,)] for weight, part in parts)
+    torch.testing.assert_close(process.jumps.rates[(1,)], mean, rtol=1e-12, atol=0)
+
+
+def test_coefficients_of_all_kinds_of_noise_agree():
+    box = Box([(-1.0, 1.0), (0.0, 4.0)], (4, 5))
+    found = []
+    for noise in (
+        lambda x, t: 1 + t,
+        lambda x, t: (1 + t)[:, None].expand(-1, 2),
+        lambda x, t: (1 + t)[:, None, None] * torch.eye(2).to(x),
+    ):
+        equation = FokkerPlanck(lambda x, t: -x, noise)
+        found.append(RatesInTime(equation, box, 0.0, jumps_at(equation, box, 0.0)).coefficients(0.5))
+    drift, square = found[0][:40].reshape(20, 2), found[0][40:].reshape(20, 2, 2)
+    torch.testing.assert_close(drift, -box.centres / torch.tensor([0.5, 0.8]).double())
+    torch.testing.assert_close(square[7], torch.tensor([1.5 / 0.5, 1.5 / 0.8]).double().square().diag())
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
+@pytest.mark.filterwarnings("ignore:the grid is too coarse")
+def test_flows_are_those_at_their_times():
+    problem = problems.variance_preserving(horizon=0.3)
+    times, starts = [0.0, 0.1, 0.3], torch.rand(2, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    driven = FokkerPlanck(lambda x, t: 3 * (4 * t)[:, None].sin() - x, 1.0)
+    for equation in (problem.equation, driven, FokkerPlanck(lambda x, t: -x, 1.0)):
+        solver = GridSolver(equation, [(-6.0, 6.0)], 40)
+        found = solver.solve(starts, times, tolerance=1e-2)
+        for k, time in enumerate(times):
+            known = solver.box, jumps_at(equation, solver.box, time), found.density[k] * solver.box.volume
+            torch.testing.assert_close(found.current[k], current(*known), rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(found.entropy_production[k], entropy_production(*known), rtol=1e-9, atol=1e-12)
