@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from diffusion.conditions import of_points

@@ -17,18 +17,23 @@ from diffusion.metrics.features import (
     default_features,
     train_classifier_features,
 )
+from diffusion.metrics.gaussians import GaussianLaw, gaussian_bhattacharyya, gaussian_kl, gaussian_wasserstein
 
 __all__ = [
     "ClassifierFeatures",
     "Evaluation",
     "Features",
     "Figures",
+    "GaussianLaw",
     "InceptionFeatures",
     "PointFeatures",
     "PrecisionRecall",
     "default_features",
     "evaluate",
     "frechet_distance",
+    "gaussian_bhattacharyya",
+    "gaussian_kl",
+    "gaussian_wasserstein",
     "kernel_distance",
     "nearest_distance",
     "precision_recall",
