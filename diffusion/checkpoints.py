@@ -6,15 +6,17 @@ moment leaves the earlier checkpoint, which readers find even if it was killed b
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import safetensors.torch
+import torch
 import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
+from diffusion import specs
 from diffusion.errors import UserError
 
 
@@ -152,3 +154,36 @@ def load_weights(module, weights: Mapping[str, Tensor], folder: str | Path) -> N
                 "use the model options that it was trained with"
             )
     module.load_state_dict(dict(weights))
+
+
+def restore(
+    folder: str | Path,
+    kinds: tuple[type, ...],
+    device: torch.device | str = "cpu",
+    trust: str | Sequence[str] | None = None,
+    parts: Mapping[str, Any] | None = None,
+) -> Any:
+    """The generator of a checkpoint, one of `kinds`, with its weights, in evaluation mode.
+
+    Args:
+        trust: modules besides this package that the checkpoint may name, see `specs.build`.
+        parts: arguments of it that no file can hold.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged, it is of something else, or it names what is neither part of
+            this package nor of `trust`.
+    """
+    spec, parts = read_description(folder).get("model"), dict(parts or {})
+    wanted = " or ".join(kind.__name__ for kind in kinds)
+    if not isinstance(spec, dict) or not spec:
+        raise UserError(f"checkpoint {folder} does not describe a model; expected one written by train.py")
+    missing = [name for name, value in spec.items() if value is None and name not in parts]
+    if missing:
+        raise UserError(
+            f"checkpoint {folder} could not store its {missing[0]}; pass {wanted}.load(..., {missing[0]}=...)"
+        )
+    found = specs.build(spec | parts, trust)
+    if not isinstance(found, kinds):
+        raise UserError(f"checkpoint {folder} holds a {type(found).__name__}, expected a {wanted}")
+    load_weights(found, read_tensors(folder, "model"), folder)
+    return found.to(device).eval().requires_grad_(False)

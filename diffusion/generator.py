@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffusion import checkpoints, specs
 from diffusion.conditional_score import flaw
+from diffusion.conditions import class_labels
 from diffusion.errors import UserError
 from diffusion.fields import AffineField, Field, Gaussian, conversions
 from diffusion.likelihood import EXACT_DIVERGENCE, likelihood
@@ -205,20 +206,8 @@ class Generator(nn.Module):
         return found.nats.to(x.device)
 
     def labels(self, label: Tensor | int | None, number: int) -> Tensor | None:
-        """`label` for each of `number` samples, (number,); None stays None.
-
-        Raises:
-            UserError: a label is not a class of this generator, or their number is wrong.
-        """
-        if label is None:
-            return None
-        label = torch.as_tensor(label)
-        if not self.num_classes or label.min() < 0 or label.max() >= self.num_classes:
-            classes = f"a class from 0 to {self.num_classes - 1}" if self.num_classes else "null: it has no classes"
-            raise UserError(f"label is {label.unique().tolist()}, but this generator expects {classes}")
-        if label.dim() and len(label) != number:
-            raise UserError(f"there are {len(label)} labels, expected one, or one for each of {number} samples")
-        return label.expand(number)
+        """`label` for each of `number` samples, (number,); None stays None. Raises as `class_labels`."""
+        return class_labels(label, number, self.num_classes)
 
     @property
     def device(self) -> torch.device:
@@ -253,16 +242,4 @@ class Generator(nn.Module):
             UserError: there is no checkpoint, it is damaged, it is not of a generator, or it names what is neither
                 part of this package nor of `trust`.
         """
-        spec = checkpoints.read_description(folder).get("model")
-        if not isinstance(spec, dict):
-            raise UserError(f"checkpoint {folder} does not describe a model; expected one written by train.py")
-        missing = [name for name in ("field", "network") if spec.get(name) is None and name not in parts]
-        if missing:
-            raise UserError(
-                f"checkpoint {folder} could not store its {missing[0]}; pass Generator.load(..., {missing[0]}=...)"
-            )
-        generator = specs.build(spec | parts, trust)
-        if not isinstance(generator, cls):
-            raise UserError(f"checkpoint {folder} holds a {type(generator).__name__}, expected a {cls.__name__}")
-        checkpoints.load_weights(generator, checkpoints.read_tensors(folder, "model"), folder)
-        return generator.to(device).eval().requires_grad_(False)
+        return checkpoints.restore(folder, (cls,), device, trust, parts)

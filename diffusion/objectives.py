@@ -196,3 +196,25 @@ class StableField(Matching):
         mean, inside = own(x, t, x0).clone(), exact.log_prob(x, t).isfinite()
         mean[inside] = average(exact, x[inside], t[inside])
         return mean
+
+
+class DensityRatio:
+    """Classification of data, label 1, against other draws, label 0: the network learns log p/q, (B, *shape) -> (B,).
+
+    With M and N examples of each, mixed at random, the log odds that x is of the data are log(M p / (N q)): log(M / N)
+    is added to what the network says, not learned by it (Sugiyama, Suzuki and Kanamori 2012, ch. 4).
+
+    Args:
+        data: M, draws of p.
+        others: N, draws of q.
+    """
+
+    def __init__(self, data: int, others: int):
+        if min(data, others) < 1:
+            raise UserError(f"there are {data} data and {others} other points, expected at least 1 of each")
+        self.log_odds = math.log(data / others)
+
+    def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Cross entropy (B,) in nats."""
+        logit = network(batch.x).view(-1) + self.log_odds
+        return nn.functional.binary_cross_entropy_with_logits(logit, batch.label.to(logit), reduction="none")

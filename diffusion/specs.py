@@ -22,7 +22,8 @@ from typing import Any
 from diffusion.errors import UserError
 
 TRUSTED = (
-    "diffusion.data", "diffusion.expressions", "diffusion.fields", "diffusion.generator", "diffusion.networks",
+    "diffusion.data", "diffusion.expressions", "diffusion.fields", "diffusion.generator",
+    "diffusion.gradient_flow.one_step", "diffusion.networks",
 )  # fmt: skip
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 

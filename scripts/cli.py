@@ -18,10 +18,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
 from omegaconf import DictConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationKeyError, OmegaConfBaseException
+from torch import Tensor
 
 from diffusion import Generator, UserError, checkpoints, devices, specs
 from diffusion.data import Splits
-from diffusion.samplers import AdaptiveMultistep, Captured, PlannedSampler, Sampler
+from diffusion.gradient_flow.one_step import OneStepGenerator
+from diffusion.samplers import AdaptiveMultistep, Captured, Counted, PlannedSampler, Sampler, generate
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, OSError, torch.OutOfMemoryError)
 
@@ -150,17 +152,23 @@ def _is_path(value: object) -> bool:
     return isinstance(value, str) and "." in value and specs.DOTTED.fullmatch(value) is not None
 
 
-def load(config: DictConfig) -> tuple[Generator, Sampler]:
-    """The generator of the option `checkpoint`, and the sampler of the option `sampler`.
+def load(config: DictConfig) -> tuple[Generator | OneStepGenerator, Sampler | None]:
+    """The generator of the option `checkpoint`, and the sampler of the option `sampler`, which a one-step one has not.
 
     With `compile` the network is compiled. On CUDA the loop of a sampler that has a plan is one CUDA graph, and with
     other samplers, and for one batch alone, which would end before its graph is made, the network is. With
     AdaptiveMultistep, whose batches shrink, none is: each size would need its own.
     """
-    generator = Generator.load(config.checkpoint, devices.pick(config.device), config.trust)
+    kinds = (Generator, OneStepGenerator)
+    generator = checkpoints.restore(config.checkpoint, kinds, devices.pick(config.device), config.trust)
+    graphs = generator.device.type == "cuda"
+    if isinstance(generator, OneStepGenerator):
+        refuse_choices("a one-step generator", "sampler")
+        if config.compile:
+            generator.network.compile(mode="reduce-overhead" if graphs else None)
+        return generator, None
     sampler = build(config.sampler)
     if config.compile:
-        graphs = generator.device.type == "cuda"
         whole = graphs and isinstance(sampler, PlannedSampler) and config.num_samples > config.batch_size
         each = graphs and not whole and not isinstance(sampler, AdaptiveMultistep)
         generator.network.compile(mode="reduce-overhead" if each else None)
@@ -168,7 +176,36 @@ def load(config: DictConfig) -> tuple[Generator, Sampler]:
     return generator, sampler
 
 
-def checkpoint_data(config: DictConfig, generator: Generator) -> Splits:
+def refuse_choices(subject: str, *groups: str) -> None:
+    """Check that the command line chooses nothing in groups of options that `subject` has no use for.
+
+    Raises:
+        UserError: it does.
+    """
+    for option in hydra.core.hydra_config.HydraConfig.get().overrides.task:
+        name = option.lstrip("+~").partition("=")[0]
+        if name.partition(".")[0] in groups:
+            raise UserError(f"{subject} has no {name.partition('.')[0]}, but {option} was given; leave it out")
+
+
+def draw(
+    generator: Generator | OneStepGenerator,
+    sampler: Sampler | None,
+    number: int,
+    seed: int,
+    label: Tensor | int | None = None,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> tuple[Tensor, float]:
+    """`number` samples, and how often the network was evaluated for each."""
+    if isinstance(generator, OneStepGenerator):
+        return generator.sample(number, seed, label, batch_size, progress), 1
+    counted, size = Counted(generator), (number, *generator.shape)
+    x = generate(counted, size, sampler, seed, generator.labels(label, number), batch_size, progress)
+    return x, counted.points / number
+
+
+def checkpoint_data(config: DictConfig, generator: Generator | OneStepGenerator) -> Splits:
     """The data set of the option `data`, or else the one that the checkpoint was trained on.
 
     Raises:

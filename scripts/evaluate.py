@@ -3,7 +3,7 @@
 import json
 
 import torch
-from cli import checkpoint_data, command, expect, load, run_folder
+from cli import checkpoint_data, command, draw, expect, load, run_folder
 from omegaconf import DictConfig
 
 from diffusion import Generator, UserError
@@ -22,10 +22,12 @@ def main(config: DictConfig) -> None:
     splits = checkpoint_data(config, generator)
     if config.likelihood is None or not 0 <= config.likelihood <= len(splits.test):
         raise UserError(f"likelihood is {config.likelihood}, expected from 0 to {len(splits.test)} test points")
+    if config.likelihood and not isinstance(generator, Generator):
+        raise UserError(f"likelihood is {config.likelihood}, expected 0: a one-step generator gives samples alone")
     features = InceptionFeatures() if config.inception else default_features(splits)
     label = torch.arange(config.num_samples) % generator.num_classes if generator.num_classes else None
-    samples = generator.sample(config.num_samples, sampler, config.seed, label, config.batch_size, progress=True)
-    name = str(sampler)
+    samples, evaluations = draw(generator, sampler, config.num_samples, config.seed, label, config.batch_size)
+    name = str(sampler) if sampler else "one step"
     del sampler  # and the memory of its graph
     evaluation = evaluate(samples.to(generator.device), splits, features, config.seed)
     figures = evaluation.to_dict()
@@ -33,8 +35,11 @@ def main(config: DictConfig) -> None:
         figures["likelihood"] = likelihoods(generator, splits, config.likelihood, config.seed, config.batch_size)
     path = run_folder() / "evaluation.json"
     settings = {"checkpoint": str(config.checkpoint), "num_samples": config.num_samples, "sampler": name}
+    settings["evaluations"] = evaluations
     path.write_text(json.dumps({**settings, **figures}, indent=2) + "\n")
     print(evaluation.table())
+    if not isinstance(generator, Generator):
+        print(evaluation.copies())
     for name, value in figures.get("likelihood", {}).items():
         print(f"likelihood, {name.replace('_', ' ')}: {value:.5g}")
     print(f"figures: {path}")

@@ -1,22 +1,27 @@
 """Train a generator: python scripts/train.py experiment=digits_gravity [option=value ...]"""
 
 import contextlib
+import functools
+import json
 import math
 import os
 from pathlib import Path
 
 import torch
-from cli import build, command, expect, launch, run_folder, write_config
+from cli import build, command, draw, expect, launch, refuse_choices, run_folder, write_config
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion import Generator, UserError, checkpoints, devices
 from diffusion.data import Splits
 from diffusion.fields import Field, validate
 from diffusion.generator import learns_score
+from diffusion.gradient_flow.chase import Chase
+from diffusion.gradient_flow.one_step import OneStepGenerator
 from diffusion.logging import RunLog
 from diffusion.metrics import Features, InceptionFeatures, default_features, evaluate
 from diffusion.plotting import save_picture, save_samples
 from diffusion.randomness import derive_seed
+from diffusion.samplers import Sampler
 
 CALIBRATION_EXAMPLES, CALIBRATION_NUMBERS = 10_000, 10**8
 LEAST_EVALUATED = 20
@@ -41,30 +46,29 @@ def main(config: DictConfig) -> None:
 
     splits = build(config.data)
     _fill_in(config, splits)
-    field = build(config.field)
-    if config.validate and is_main and not resume:
-        _refuse_wrong(field, splits)
-    config.heads = _heads(field, splits, resume)
-    torch.manual_seed(derive_seed(config.seed, "network"))
-    generator = Generator(field, build(config.model), splits.train.shape)
+    make = build(config.objective)
+    if isinstance(make, functools.partial) and make.func is Chase:
+        generator, sampler = _one_step(config, splits), None
+    else:
+        generator, sampler = _of_field(config, splits, resume, check=config.validate and is_main and not resume)
     order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(config.seed))
     most = max(2, min(CALIBRATION_EXAMPLES, CALIBRATION_NUMBERS // math.prod(generator.shape)))
     generator.calibrate(splits.train.take(order[:most]).x)
-    objective, sampler = build(config.objective)(generator), build(config.sampler)
+    objective = make(generator)
     features = _features(config, splits) if is_main and config.num_samples else None
     plain = OmegaConf.to_container(config, resolve=True)
 
-    def samples(model: Generator, number: int, progress: bool = False) -> torch.Tensor:
+    def samples(model: Generator | OneStepGenerator, number: int, progress: bool = False) -> torch.Tensor:
         label = torch.arange(number) % config.num_classes if config.num_classes else None
-        return model.sample(number, sampler, config.seed, label, config.batch_size, progress)
+        return draw(model, sampler, number, config.seed, label, config.batch_size, progress)[0]
 
     samples(generator.eval(), 1)  # a sampler that does not suit the field says so now
     generator.train()
 
-    def draw_grid(step: int, model: Generator) -> None:
+    def draw_grid(step: int, model: Generator | OneStepGenerator) -> None:
         run.image(step, save_picture(samples(model, GRID_SAMPLES), folder / f"samples_{step:07d}.png"))
 
-    def train(log=lambda step, metrics: None, callbacks=()) -> Generator:
+    def train(log=lambda step, metrics: None, callbacks=()) -> Generator | OneStepGenerator:
         place, about = folder / "checkpoints", {"data": plain["data"]}
         return trainer.fit(generator, objective, splits.train, place, splits.test, resume, about, log, callbacks)
 
@@ -76,6 +80,8 @@ def main(config: DictConfig) -> None:
     with contextlib.closing(RunLog(folder, plain, step, plain["logger"] or None)) as run:
         print(f"{f'continuing {resume}' if resume else 'training'} in {folder}", flush=True)
         average = train(run.metrics, [draw_grid])
+        if sampler is None:
+            print(_descent(folder))
         if config.num_samples:
             x = samples(average, config.num_samples, progress=True)
             save_samples(x, folder)
@@ -83,6 +89,8 @@ def main(config: DictConfig) -> None:
             evaluation = evaluate(x.to(average.device), splits, features, config.seed)
             run.evaluation(evaluation.to_dict())
             print(evaluation.table())
+            if sampler is None:
+                print(evaluation.copies())
     print(f"run: {folder}")
 
 
@@ -100,6 +108,35 @@ def _refuse_wrong(field: Field, splits: Splits) -> None:
             if check.passed is False
         )
         raise UserError(f"the field is wrong: {checks}. See scripts/validate.py; validate=false trains all the same")
+
+
+def _of_field(config: DictConfig, splits: Splits, resume: Path | None, check: bool) -> tuple[Generator, Sampler]:
+    """A generator that learns the option `field`, after a check of that, and the sampler that draws from it."""
+    field = build(config.field)
+    if check:
+        _refuse_wrong(field, splits)
+    config.heads = _heads(field, splits, resume)
+    torch.manual_seed(derive_seed(config.seed, "network"))
+    return Generator(field, build(config.model), splits.train.shape), build(config.sampler)
+
+
+def _one_step(config: DictConfig, splits: Splits) -> OneStepGenerator:
+    """A one-step generator; it has neither field nor sampler, and the configuration says so."""
+    refuse_choices("a one-step generator", "field", "sampler", "heads")
+    config.field, config.sampler, config.heads = None, None, 1
+    torch.manual_seed(derive_seed(config.seed, "network"))
+    return OneStepGenerator(build(config.model), splits.train.shape)
+
+
+def _descent(folder: Path) -> str:
+    """How far the functional, or whatever else the loss is, has fallen, in training and on held-out data."""
+    rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+    falls = []
+    for name, title in (("loss", "training"), ("test_loss", "held out")):
+        if found := [(row["step"], row[name]) for row in rows if name in row]:
+            (first, start), (last, end) = found[0], found[-1]
+            falls.append(f"{title} {start:.4g} at step {first}, {end:.4g} at step {last}")
+    return f"the functional: {'; '.join(falls)}"
 
 
 def _heads(field: Field, splits: Splits, resume: Path | None) -> int:

@@ -525,7 +525,7 @@ def test_what_is_one_graph_on_cuda(sampler, number, mode, captured, monkeypatch)
     modes = []
     network = SimpleNamespace(compile=lambda mode: modes.append(mode))
     generator = SimpleNamespace(device=torch.device("cuda"), network=network)
-    monkeypatch.setattr(cli.Generator, "load", lambda *arguments: generator)
+    monkeypatch.setattr(cli.checkpoints, "restore", lambda *arguments: generator)
     monkeypatch.setattr(cli.devices, "pick", lambda device: device)
     options = {"checkpoint": "c", "device": "cuda", "trust": None, "compile": True, "num_samples": number}
     config = {**options, "batch_size": 8, "sampler": {"_target_": f"diffusion.samplers.{sampler}"}}

@@ -42,6 +42,10 @@ class Flow(ABC):
 
     functional: Functional
 
+    def subject(self) -> Functional:
+        """The functional in the form that is fitted at each step: one that needs less fitting, where the flow can."""
+        return self.functional
+
     @abstractmethod
     def begin(self, particles: Tensor) -> Any:
         """The memory before the first step."""
@@ -70,7 +74,7 @@ class Flow(ABC):
             raise UserError(f"step_size is {step_size}, expected a positive number")
         particles = particles.detach()
         _check(particles, 0)
-        moment = Moment(particles, self.functional.fitted(particles, generator), memory=self.begin(particles))
+        moment = Moment(particles, self.subject().fitted(particles, generator), memory=self.begin(particles))
         yield moment
         for step in range(1, steps + 1):
             if step > 1:

@@ -1,5 +1,7 @@
 """What must be true of every functional: its value, velocity and first variation belong together."""
 
+import itertools
+
 import pytest
 import torch
 from cases import FUNCTIONALS, draws
@@ -40,13 +42,15 @@ def test_the_value_falls_by_the_mean_square_of_the_velocity(case):
 @every
 @in_dims
 def test_the_first_variation_is_the_derivative_in_the_weight_of_a_particle(case, dim):
-    """Of K N + 1 particles, one twice, for K = 1, 2, 4, 8: the slope in its weight at 0, extrapolated."""
+    """Of K N + 1 particles, one once more, for K = 2, 4, 8, 16: the slope in its weight at 0, extrapolated."""
+    if not case.copies:
+        pytest.skip("a derivative in a weight has two sides")
     functional, x = built(case, dim)
     variation = functional.first_variation(x)
     expected = variation - variation.mean()
     for i in (0, 7):
         slopes = []
-        for copies in (2, 4, 8, 16):
+        for copies in case.copies:
             more = torch.cat([x.repeat(copies, 1), x[i : i + 1]])
             slopes.append((functional.value(more) - functional.value(x)) * (copies * N + 1))
         while len(slopes) > 1:
@@ -82,7 +86,7 @@ def test_the_value_falls_along_the_flow(case):
     moments = list(WassersteinFlow(functional).moments(x, steps=10, step_size=0.02))
     values = [float(moments[0].functional.value(moment.particles)) for moment in moments]
     assert values[-1] < values[0]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(values, values[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(values))
 
 
 @every

@@ -1,0 +1,79 @@
+"""Langevin dynamics annealed over noise levels: it finds modes, and each level is its own."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from cases import draws
+from torch import Tensor
+
+from diffusion.fields import EmpiricalField, radial_tanh, variance_exploding, variance_preserving
+from diffusion.gradient_flow.annealed import AnnealedLangevin
+from diffusion.samplers.grids import LogSNRGrid
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+CENTRES = 5 * torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+
+
+def mixture(number: int, seed: int) -> Tensor:
+    places = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3]).repeat(number // 8)
+    return CENTRES[places] + 0.3 * draws(len(places), 2, seed)
+
+
+@pytest.mark.parametrize("build", [variance_exploding, variance_preserving], ids=["ve", "vp"])
+def test_annealing_finds_the_modes_and_their_weights(build):
+    model, number = EmpiricalField(build(), mixture(80, 20)), 300
+    times = tuple(t for t in LogSNRGrid()(model.field, 12).tolist() if t > 0.02)
+    start = model.field.sample_prior((number, 2), seeded(21)).double()
+    annealed = AnnealedLangevin(model, times, repeats=10)
+    x = annealed.run(start, 10 * len(times), 0.3, seeded(22))
+    gaps = torch.cdist(x, CENTRES)
+    shares = torch.bincount(gaps.argmin(1), minlength=4) / number
+    assert (gaps.min(1).values < 1.5).double().mean() > 0.95
+    assert (shares - torch.tensor([4, 2, 1, 1]) / 8).abs().max() < 0.1
+
+
+def test_steps_of_annealing_are_in_units_of_the_noise():
+    model = EmpiricalField(variance_exploding(), mixture(16, 0))
+    annealed = AnnealedLangevin(model, (8.0, 2.0, 0.5), repeats=2)
+    times = [moment.time for moment in annealed.moments(draws(4, 2, 0), 7, 0.1, seeded(0))]
+    expected = [0.1 * sigma**2 for sigma in (8.0, 8.0, 2.0, 2.0, 0.5, 0.5, 0.5)]
+    assert [later - earlier for earlier, later in itertools.pairwise(times)] == pytest.approx(expected)
+
+
+def test_each_level_of_annealing_follows_its_own_score():
+    model = EmpiricalField(variance_exploding(), mixture(16, 0))
+    annealed, x = AnnealedLangevin(model, (8.0, 0.5), repeats=1), draws(4, 2, 0)
+    generator = seeded(3)
+    for time in (8.0, 0.5):
+        x = (
+            x
+            + 0.1 * time**2 * model.score(x, time)
+            + math.sqrt(0.2) * time * torch.randn(4, 2, generator=generator, dtype=torch.float64)
+        )
+    torch.testing.assert_close(annealed.run(draws(4, 2, 0), 2, 0.1, seeded(3)), x)
+
+
+@pytest.mark.parametrize(
+    "options, texts",
+    [
+        ({"times": (1.0, 2.0)}, ("(1.0, 2.0)", "that fall")),
+        ({"times": ()}, ("one or more that fall",)),
+        ({"times": (1000.0, 1.0)}, ("time is 1000",)),
+        ({"times": (1.0,), "repeats": 0}, ("repeats=0",)),
+    ],
+    ids=["rising", "none", "beyond", "repeats"],
+)
+def test_bad_annealing_is_refused(options, texts, user_error):
+    with user_error(*texts):
+        AnnealedLangevin(EmpiricalField(variance_exploding(), mixture(16, 0)), **options)
+
+
+def test_annealing_needs_a_noise_level(user_error):
+    with user_error("RadialField", "affine"):
+        AnnealedLangevin(EmpiricalField(radial_tanh(2), mixture(16, 0)), (1.0, 0.5))
