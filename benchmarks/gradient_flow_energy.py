@@ -22,7 +22,7 @@ from exact_field import cpu_seconds, extra_megabytes
 from geomloss import SamplesLoss
 from torch import Tensor
 
-from diffusion.gradient_flow.energy import EnergyDistance
+from diffusion.gradient_flow.functionals.energy import EnergyDistance
 
 NUMBERS, DIMS, DRAWS = (1000, 2000, 10_000, 100_000), (2, 64), 25
 PAIRS = {"slices": math.inf, "all pairs": 10_000, "geomloss": 2000}

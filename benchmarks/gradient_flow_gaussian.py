@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.gradient_flow.dynamics import Integrator
-from diffusion.gradient_flow.entropy import Entropy
+from diffusion.gradient_flow.flows.dynamics import Integrator
+from diffusion.gradient_flow.flows.langevin import Langevin
+from diffusion.gradient_flow.flows.metropolis import Metropolis
+from diffusion.gradient_flow.flows.overdamped import EulerMaruyama, LeimkuhlerMatthews, StochasticHeun, ThirdOrder
+from diffusion.gradient_flow.flows.underdamped import Underdamped
+from diffusion.gradient_flow.flows.wasserstein import WassersteinFlow
+from diffusion.gradient_flow.functionals.entropy import Entropy
+from diffusion.gradient_flow.functionals.kl import KL
 from diffusion.gradient_flow.gaussian_flow import GaussianFlow
-from diffusion.gradient_flow.kl import KL
-from diffusion.gradient_flow.langevin import Langevin
-from diffusion.gradient_flow.metropolis import Metropolis
-from diffusion.gradient_flow.overdamped import EulerMaruyama, LeimkuhlerMatthews, StochasticHeun, ThirdOrder
 from diffusion.gradient_flow.responses import gaussian_laws
-from diffusion.gradient_flow.scores import GaussianScore
-from diffusion.gradient_flow.underdamped import Underdamped
-from diffusion.gradient_flow.wasserstein import WassersteinFlow
+from diffusion.gradient_flow.scores.base import GaussianScore
 from diffusion.metrics.gaussians import GaussianLaw, gaussian_wasserstein
 
 DIM, HORIZON = 5, 1.5

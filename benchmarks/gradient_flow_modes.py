@@ -23,14 +23,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import Generator, Tensor
 
 from diffusion.errors import UserError
-from diffusion.gradient_flow.fisher_rao import FisherRaoFlow
-from diffusion.gradient_flow.flow import Flow
-from diffusion.gradient_flow.kl import KL
-from diffusion.gradient_flow.langevin import Langevin
-from diffusion.gradient_flow.metropolis import Metropolis
-from diffusion.gradient_flow.overdamped import EulerMaruyama
-from diffusion.gradient_flow.stein import SteinFlow
-from diffusion.gradient_flow.tempering import Annealing, Tempered
+from diffusion.gradient_flow.flows.base import Flow
+from diffusion.gradient_flow.flows.fisher_rao import FisherRaoFlow
+from diffusion.gradient_flow.flows.langevin import Langevin
+from diffusion.gradient_flow.flows.metropolis import Metropolis
+from diffusion.gradient_flow.flows.overdamped import EulerMaruyama
+from diffusion.gradient_flow.flows.stein import SteinFlow
+from diffusion.gradient_flow.flows.tempering import Annealing, Tempered
+from diffusion.gradient_flow.functionals.kl import KL
 
 N, STEPS, SEEDS = 400, 200, 5
 

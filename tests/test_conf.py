@@ -14,7 +14,7 @@ from diffusion.fields import Field
 from diffusion.fokker_planck import problems
 from diffusion.fokker_planck.runs import Recipe
 from diffusion.gradient_flow.chase import Chase
-from diffusion.gradient_flow.functional import Functional
+from diffusion.gradient_flow.functionals.base import Functional
 from diffusion.gradient_flow.one_step import OneStepGenerator
 from diffusion.objectives import FieldMatching
 from diffusion.samplers import Multistep, Sampler, Tuned, store_tuned

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.errors import UserError
-from diffusion.gradient_flow.functional import Functional
+from diffusion.gradient_flow.functionals.base import Functional
 from diffusion.gradient_flow.one_step import OneStepGenerator
 from diffusion.objectives import Batch
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.gradient_flow.flow import Moment
-from diffusion.gradient_flow.langevin import Langevin
+from diffusion.gradient_flow.flows.base import Moment
+from diffusion.gradient_flow.flows.langevin import Langevin
 from diffusion.metrics.gaussians import GaussianLaw
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.gradient_flow.flow import Flow, Moment
+from diffusion.gradient_flow.flows.base import Flow, Moment
 from diffusion.metrics import nearest_distance
 
 COPIED = 0.5

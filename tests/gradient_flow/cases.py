@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 
 from diffusion.fields import EmpiricalField, variance_exploding
-from diffusion.gradient_flow.blob import Blob
-from diffusion.gradient_flow.energy import EnergyDistance
-from diffusion.gradient_flow.entropy import Entropy
-from diffusion.gradient_flow.fdivergence import FDivergence
-from diffusion.gradient_flow.functional import Functional
-from diffusion.gradient_flow.interaction import Interaction
-from diffusion.gradient_flow.kernels import Gaussian, InverseMultiquadric, Riesz
-from diffusion.gradient_flow.kl import KL
-from diffusion.gradient_flow.mmd import MMD
-from diffusion.gradient_flow.potential import Potential
-from diffusion.gradient_flow.scores import GaussianScore
-from diffusion.gradient_flow.sinkhorn import SinkhornDivergence
-from diffusion.gradient_flow.sliced import SlicedWasserstein
+from diffusion.gradient_flow.functionals.base import Functional
+from diffusion.gradient_flow.functionals.energy import EnergyDistance
+from diffusion.gradient_flow.functionals.entropy import Entropy
+from diffusion.gradient_flow.functionals.fdivergence import FDivergence
+from diffusion.gradient_flow.functionals.interaction import Interaction
+from diffusion.gradient_flow.functionals.kernels import Gaussian, InverseMultiquadric, Riesz
+from diffusion.gradient_flow.functionals.kl import KL
+from diffusion.gradient_flow.functionals.mmd import MMD
+from diffusion.gradient_flow.functionals.potential import Potential
+from diffusion.gradient_flow.functionals.sinkhorn import SinkhornDivergence
+from diffusion.gradient_flow.functionals.sliced import SlicedWasserstein
+from diffusion.gradient_flow.scores.base import GaussianScore
+from diffusion.gradient_flow.scores.blob import Blob
 
 
 class Case(NamedTuple):

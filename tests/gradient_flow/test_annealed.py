@@ -9,7 +9,7 @@ from cases import draws
 from torch import Tensor
 
 from diffusion.fields import EmpiricalField, radial_tanh, variance_exploding, variance_preserving
-from diffusion.gradient_flow.annealed import AnnealedLangevin
+from diffusion.gradient_flow.flows.annealed import AnnealedLangevin
 from diffusion.samplers.grids import LogSNRGrid
 
 

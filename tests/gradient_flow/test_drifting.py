@@ -4,8 +4,8 @@ import pytest
 import torch
 from cases import draws
 
-from diffusion.gradient_flow import functional as module
-from diffusion.gradient_flow.drifting import Drifting, gaussian, laplace
+from diffusion.gradient_flow.functionals import base as module
+from diffusion.gradient_flow.functionals.drifting import Drifting, gaussian, laplace
 
 N, M = 12, 15
 PLAIN = {"together": False, "columns": False, "unit": False}
@@ -57,7 +57,9 @@ def test_it_is_the_double_sum_over_data_and_particles(own, columns):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("options", [{}, PLAIN, {"columns": False}, {"kernel": gaussian}], ids=["default", "plain", "rows", "gaussian"])
+@pytest.mark.parametrize(
+    "options", [{}, PLAIN, {"columns": False}, {"kernel": gaussian}], ids=["default", "plain", "rows", "gaussian"]
+)
 def test_particles_that_are_the_data_rest(options):
     data = draws(M, 3, 0)
     field = Drifting(data, **{"unit": False, **options})

@@ -4,8 +4,8 @@ import pytest
 import torch
 from cases import draws
 
-from diffusion.gradient_flow.energy import EnergyDistance
-from diffusion.gradient_flow.slices import draw, mean_projection
+from diffusion.gradient_flow.functionals.energy import EnergyDistance
+from diffusion.gradient_flow.functionals.slices import draw, mean_projection
 
 
 def direct(x, y):

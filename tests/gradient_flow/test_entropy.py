@@ -6,12 +6,12 @@ import pytest
 import torch
 from cases import draws
 
-from diffusion.gradient_flow import functional as module
-from diffusion.gradient_flow.blob import Blob, silverman
-from diffusion.gradient_flow.entropy import Entropy
-from diffusion.gradient_flow.interaction import Interaction
-from diffusion.gradient_flow.scores import GaussianScore
-from diffusion.gradient_flow.wasserstein import WassersteinFlow
+from diffusion.gradient_flow.flows.wasserstein import WassersteinFlow
+from diffusion.gradient_flow.functionals import base as module
+from diffusion.gradient_flow.functionals.entropy import Entropy
+from diffusion.gradient_flow.functionals.interaction import Interaction
+from diffusion.gradient_flow.scores.base import GaussianScore
+from diffusion.gradient_flow.scores.blob import Blob, silverman
 
 
 def test_the_blob_of_two_particles_is_known():

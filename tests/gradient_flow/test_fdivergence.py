@@ -6,10 +6,10 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import norm
 
-from diffusion.gradient_flow.fdivergence import KINDS, Divergence, FDivergence, power
+from diffusion.gradient_flow.flows.wasserstein import WassersteinFlow
+from diffusion.gradient_flow.functionals.fdivergence import KINDS, Divergence, FDivergence, power
+from diffusion.gradient_flow.functionals.ratios import Ratio
 from diffusion.gradient_flow.gaussian_flow import GaussianFlow
-from diffusion.gradient_flow.ratios import Ratio
-from diffusion.gradient_flow.wasserstein import WassersteinFlow
 from diffusion.metrics import GaussianLaw, gaussian_bhattacharyya, gaussian_kl
 
 ALL = {**KINDS, "power 3/2": power(1.5), "power 1/2": power(0.5), "power 0": power(0), "power 1": power(1)}

@@ -6,14 +6,14 @@ import pytest
 import torch
 from cases import draws
 
-from diffusion.gradient_flow.blob import Blob
-from diffusion.gradient_flow.entropy import Entropy
-from diffusion.gradient_flow.fisher_rao import FisherRaoFlow, resampled
-from diffusion.gradient_flow.kl import KL
-from diffusion.gradient_flow.langevin import Langevin
-from diffusion.gradient_flow.metropolis import Metropolis
-from diffusion.gradient_flow.potential import Potential
-from diffusion.gradient_flow.wasserstein import WassersteinFlow
+from diffusion.gradient_flow.flows.fisher_rao import FisherRaoFlow, resampled
+from diffusion.gradient_flow.flows.langevin import Langevin
+from diffusion.gradient_flow.flows.metropolis import Metropolis
+from diffusion.gradient_flow.flows.wasserstein import WassersteinFlow
+from diffusion.gradient_flow.functionals.entropy import Entropy
+from diffusion.gradient_flow.functionals.kl import KL
+from diffusion.gradient_flow.functionals.potential import Potential
+from diffusion.gradient_flow.scores.blob import Blob
 
 ENERGY = Potential(lambda x: x[:, 0].square() + 2 * x[:, 1].cos())
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from cases import FUNCTIONALS, draws
 
-from diffusion.gradient_flow import functional as module
-from diffusion.gradient_flow.wasserstein import WassersteinFlow
+from diffusion.gradient_flow.flows.wasserstein import WassersteinFlow
+from diffusion.gradient_flow.functionals import base as module
 
 N, M = 30, 40
 every = pytest.mark.parametrize("case", FUNCTIONALS, ids=str)

@@ -7,14 +7,14 @@ from cases import draws
 from torch import nn
 
 from diffusion.fokker_planck.correction import Correction
-from diffusion.gradient_flow.entropy import Entropy
-from diffusion.gradient_flow.functional import Sum, Term
+from diffusion.gradient_flow.flows.jko import JKO, JKOObjective
+from diffusion.gradient_flow.flows.langevin import Noised
+from diffusion.gradient_flow.functionals.base import Sum, Term
+from diffusion.gradient_flow.functionals.entropy import Entropy
+from diffusion.gradient_flow.functionals.interaction import Interaction
+from diffusion.gradient_flow.functionals.kl import KL
+from diffusion.gradient_flow.functionals.potential import Potential
 from diffusion.gradient_flow.gaussian_flow import GaussianFlow
-from diffusion.gradient_flow.interaction import Interaction
-from diffusion.gradient_flow.jko import JKO, JKOObjective
-from diffusion.gradient_flow.kl import KL
-from diffusion.gradient_flow.langevin import Noised
-from diffusion.gradient_flow.potential import Potential
 from diffusion.metrics import GaussianLaw, gaussian_wasserstein
 from diffusion.objectives import Batch
 from diffusion.trainer import Trainer

@@ -9,13 +9,13 @@ from torch import nn
 
 from diffusion import Generator
 from diffusion.fields import EmpiricalField, gravity, linear, variance_exploding
-from diffusion.gradient_flow.blob import Blob
-from diffusion.gradient_flow.entropy import Entropy
-from diffusion.gradient_flow.kl import KL
-from diffusion.gradient_flow.potential import Potential
-from diffusion.gradient_flow.scores import GaussianScore
-from diffusion.gradient_flow.targets import ScorePotential
-from diffusion.gradient_flow.wasserstein import WassersteinFlow
+from diffusion.gradient_flow.flows.wasserstein import WassersteinFlow
+from diffusion.gradient_flow.functionals.entropy import Entropy
+from diffusion.gradient_flow.functionals.kl import KL
+from diffusion.gradient_flow.functionals.potential import Potential
+from diffusion.gradient_flow.functionals.targets import ScorePotential
+from diffusion.gradient_flow.scores.base import GaussianScore
+from diffusion.gradient_flow.scores.blob import Blob
 from diffusion.networks import MLP
 
 

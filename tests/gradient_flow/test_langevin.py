@@ -11,18 +11,18 @@ from numpy.polynomial.polynomial import polyder, polyval2d
 from scipy.signal import convolve2d
 from torch import Tensor
 
-from diffusion.gradient_flow.entropy import Entropy
-from diffusion.gradient_flow.flow import Moment
-from diffusion.gradient_flow.interaction import Interaction
-from diffusion.gradient_flow.kl import KL
-from diffusion.gradient_flow.langevin import Langevin, noised
-from diffusion.gradient_flow.metropolis import Metropolis
-from diffusion.gradient_flow.overdamped import EulerMaruyama, LeimkuhlerMatthews, StochasticHeun, ThirdOrder
-from diffusion.gradient_flow.potential import Potential
-from diffusion.gradient_flow.preconditioners import EnsembleCovariance, Identity, Matrix
+from diffusion.gradient_flow.flows.base import Moment
+from diffusion.gradient_flow.flows.langevin import Langevin, noised
+from diffusion.gradient_flow.flows.metropolis import Metropolis
+from diffusion.gradient_flow.flows.overdamped import EulerMaruyama, LeimkuhlerMatthews, StochasticHeun, ThirdOrder
+from diffusion.gradient_flow.flows.preconditioners import EnsembleCovariance, Identity, Matrix
+from diffusion.gradient_flow.flows.underdamped import Underdamped
+from diffusion.gradient_flow.functionals.entropy import Entropy
+from diffusion.gradient_flow.functionals.interaction import Interaction
+from diffusion.gradient_flow.functionals.kl import KL
+from diffusion.gradient_flow.functionals.potential import Potential
 from diffusion.gradient_flow.responses import gaussian_laws
-from diffusion.gradient_flow.scores import GaussianScore
-from diffusion.gradient_flow.underdamped import Underdamped
+from diffusion.gradient_flow.scores.base import GaussianScore
 from diffusion.metrics.gaussians import GaussianLaw, gaussian_wasserstein
 
 COVARIANCE = torch.tensor([[1.5, 0.6, 0.0], [0.6, 1.0, -0.2], [0.0, -0.2, 0.7]], dtype=torch.float64)

@@ -7,12 +7,12 @@ import torch
 from cases import draws
 from torch import Tensor
 
-from diffusion.gradient_flow.interaction import Interaction
-from diffusion.gradient_flow.kl import KL
-from diffusion.gradient_flow.langevin import Langevin
-from diffusion.gradient_flow.metropolis import Metropolis
-from diffusion.gradient_flow.overdamped import EulerMaruyama
-from diffusion.gradient_flow.preconditioners import Identity, Matrix
+from diffusion.gradient_flow.flows.langevin import Langevin
+from diffusion.gradient_flow.flows.metropolis import Metropolis
+from diffusion.gradient_flow.flows.overdamped import EulerMaruyama
+from diffusion.gradient_flow.flows.preconditioners import Identity, Matrix
+from diffusion.gradient_flow.functionals.interaction import Interaction
+from diffusion.gradient_flow.functionals.kl import KL
 
 
 def name(value) -> str:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from cases import draws
 
-from diffusion.gradient_flow.energy import EnergyDistance
-from diffusion.gradient_flow.kernels import Gaussian, InverseMultiquadric, Riesz, kernel_of, median_distance
-from diffusion.gradient_flow.mmd import MMD
+from diffusion.gradient_flow.functionals.energy import EnergyDistance
+from diffusion.gradient_flow.functionals.kernels import Gaussian, InverseMultiquadric, Riesz, kernel_of, median_distance
+from diffusion.gradient_flow.functionals.mmd import MMD
 
 KERNELS = {
     "gaussian": (Gaussian(0.7), lambda r: math.exp(-(r**2) / (2 * 0.49))),

@@ -12,13 +12,13 @@ from diffusion import Generator, checkpoints
 from diffusion.data import TensorData
 from diffusion.fields import linear, variance_exploding
 from diffusion.gradient_flow.chase import Chase
-from diffusion.gradient_flow.drifting import Drifting, gaussian
-from diffusion.gradient_flow.energy import EnergyDistance
-from diffusion.gradient_flow.functional import Functional
-from diffusion.gradient_flow.kernels import Gaussian
-from diffusion.gradient_flow.mmd import MMD
+from diffusion.gradient_flow.functionals.base import Functional
+from diffusion.gradient_flow.functionals.drifting import Drifting, gaussian
+from diffusion.gradient_flow.functionals.energy import EnergyDistance
+from diffusion.gradient_flow.functionals.kernels import Gaussian
+from diffusion.gradient_flow.functionals.mmd import MMD
+from diffusion.gradient_flow.functionals.potential import Potential
 from diffusion.gradient_flow.one_step import OneStepGenerator
-from diffusion.gradient_flow.potential import Potential
 from diffusion.networks import MLP
 from diffusion.objectives import Batch
 from diffusion.trainer import Trainer

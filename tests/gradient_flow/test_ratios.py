@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.gradient_flow.fdivergence import FDivergence
-from diffusion.gradient_flow.ratios import ClassifierRatio, RatioNetwork
-from diffusion.gradient_flow.wasserstein import WassersteinFlow
+from diffusion.gradient_flow.flows.wasserstein import WassersteinFlow
+from diffusion.gradient_flow.functionals.fdivergence import FDivergence
+from diffusion.gradient_flow.functionals.ratios import ClassifierRatio, RatioNetwork
 from diffusion.metrics import GaussianLaw, gaussian_kl
 from diffusion.objectives import Batch, DensityRatio
 from diffusion.trainer import Trainer

@@ -6,15 +6,15 @@ import pytest
 import torch
 from cases import draws
 
-from diffusion.gradient_flow import functional as module
-from diffusion.gradient_flow.blob import Blob
-from diffusion.gradient_flow.entropy import Entropy
-from diffusion.gradient_flow.kernel_family import Frame, Kernels
-from diffusion.gradient_flow.kl import KL
-from diffusion.gradient_flow.network_score import FIRST, Denoising, NetworkScore
-from diffusion.gradient_flow.scores import GaussianScore
-from diffusion.gradient_flow.stein_score import Choice, SteinScore
-from diffusion.gradient_flow.wasserstein import WassersteinFlow
+from diffusion.gradient_flow.flows.wasserstein import WassersteinFlow
+from diffusion.gradient_flow.functionals import base as module
+from diffusion.gradient_flow.functionals.entropy import Entropy
+from diffusion.gradient_flow.functionals.kl import KL
+from diffusion.gradient_flow.scores.base import GaussianScore
+from diffusion.gradient_flow.scores.blob import Blob
+from diffusion.gradient_flow.scores.kernel_family import Frame, Kernels
+from diffusion.gradient_flow.scores.network_score import FIRST, Denoising, NetworkScore
+from diffusion.gradient_flow.scores.stein_score import Choice, SteinScore
 from diffusion.objectives import Batch
 from diffusion.trainer import Trainer
 

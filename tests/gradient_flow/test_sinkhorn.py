@@ -8,7 +8,7 @@ from cases import draws
 from geomloss import SamplesLoss
 from scipy.optimize import linear_sum_assignment
 
-from diffusion.gradient_flow.sinkhorn import SinkhornDivergence
+from diffusion.gradient_flow.functionals.sinkhorn import SinkhornDivergence
 
 
 @pytest.mark.parametrize("p", [1, 2])

@@ -8,8 +8,8 @@ from cases import draws
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import wasserstein_distance
 
-from diffusion.gradient_flow.sliced import SlicedWasserstein, quantile_pairs
-from diffusion.gradient_flow.wasserstein import WassersteinFlow
+from diffusion.gradient_flow.flows.wasserstein import WassersteinFlow
+from diffusion.gradient_flow.functionals.sliced import SlicedWasserstein, quantile_pairs
 
 
 @pytest.mark.parametrize("p", [1, 1.5, 2, 3])

@@ -7,11 +7,11 @@ import torch
 from cases import draws
 from scipy.integrate import solve_ivp
 
-from diffusion.gradient_flow import functional as module
-from diffusion.gradient_flow.entropy import Entropy
-from diffusion.gradient_flow.kl import KL
-from diffusion.gradient_flow.potential import Potential
-from diffusion.gradient_flow.stein import RBF, InverseMultiquadric, Linear, SteinFlow, direction, median_bandwidth
+from diffusion.gradient_flow.flows.stein import RBF, InverseMultiquadric, Linear, SteinFlow, direction, median_bandwidth
+from diffusion.gradient_flow.functionals import base as module
+from diffusion.gradient_flow.functionals.entropy import Entropy
+from diffusion.gradient_flow.functionals.kl import KL
+from diffusion.gradient_flow.functionals.potential import Potential
 
 PRECISION = torch.tensor([[2.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
 CENTRE = torch.tensor([0.5, -1.0], dtype=torch.float64)

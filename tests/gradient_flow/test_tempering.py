@@ -6,13 +6,13 @@ import pytest
 import torch
 from cases import draws
 
-from diffusion.gradient_flow.ensemble import jumped, log_kernels, neighbour_widths
-from diffusion.gradient_flow.entropy import Entropy
-from diffusion.gradient_flow.interaction import Interaction
-from diffusion.gradient_flow.kl import KL
-from diffusion.gradient_flow.potential import Potential
-from diffusion.gradient_flow.targets import ScorePotential
-from diffusion.gradient_flow.tempering import Bridge, Known, Tempered, _rise
+from diffusion.gradient_flow.flows.ensemble import jumped, log_kernels, neighbour_widths
+from diffusion.gradient_flow.flows.tempering import Bridge, Known, Tempered, _rise
+from diffusion.gradient_flow.functionals.entropy import Entropy
+from diffusion.gradient_flow.functionals.interaction import Interaction
+from diffusion.gradient_flow.functionals.kl import KL
+from diffusion.gradient_flow.functionals.potential import Potential
+from diffusion.gradient_flow.functionals.targets import ScorePotential
 
 CENTRES = 3 * torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]], dtype=torch.float64)
 WEIGHTS = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)

@@ -12,13 +12,13 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.gradient_flow.entropy import Entropy
-from diffusion.gradient_flow.functional import Functional
-from diffusion.gradient_flow.interaction import Interaction
-from diffusion.gradient_flow.kl import KL
-from diffusion.gradient_flow.potential import Potential
-from diffusion.gradient_flow.scores import GaussianScore
-from diffusion.gradient_flow.wasserstein import StepControl, WassersteinFlow
+from diffusion.gradient_flow.flows.wasserstein import StepControl, WassersteinFlow
+from diffusion.gradient_flow.functionals.base import Functional
+from diffusion.gradient_flow.functionals.entropy import Entropy
+from diffusion.gradient_flow.functionals.interaction import Interaction
+from diffusion.gradient_flow.functionals.kl import KL
+from diffusion.gradient_flow.functionals.potential import Potential
+from diffusion.gradient_flow.scores.base import GaussianScore
 
 anharmonic = Potential(lambda x: (x**4).sum(1) / 4 + x[:, 0] * x[:, 1] + x.cos().sum(1))
 steep = Potential(lambda x: 50 * x[:, 0] ** 2 + (x**4).sum(1) / 4)

@@ -1,0 +1,1 @@
+"""Functionals of a law that is seen through particles, one family a file."""

@@ -1,0 +1,1 @@
+"""Estimates of grad log q from the particles of q."""
