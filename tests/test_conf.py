@@ -13,8 +13,8 @@ from diffusion import Generator
 from diffusion.fields import Field
 from diffusion.fokker_planck import problems
 from diffusion.fokker_planck.runs import Recipe
+from diffusion.gradient_flow import Flow, Functional
 from diffusion.gradient_flow.chase import Chase
-from diffusion.gradient_flow.functionals.base import Functional
 from diffusion.gradient_flow.one_step import OneStepGenerator
 from diffusion.objectives import FieldMatching
 from diffusion.samplers import Multistep, Sampler, Tuned, store_tuned
@@ -67,7 +67,7 @@ def test_every_experiment_builds(name):
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in FILES if path.parent.name not in ("experiment", *DENSITY) and path != TUNED],
+    [path for path in FILES if path.parent.name not in ("experiment", "flow", *DENSITY) and path != TUNED],
     ids=lambda path: path.stem,
 )
 def test_every_choice_builds_in_the_default_experiment(path):
@@ -91,6 +91,17 @@ def test_every_problem_and_solver_builds(path):
         options = {key: value for key, value in config.problem.items() if key != "_target_"}
         defaults = inspect.signature(getattr(problems, name)).parameters
         assert options == {key: value.default for key, value in defaults.items() if key != "start"}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "flow").iterdir()))
+def test_every_flow_takes_a_step(name):
+    config = read(f"flow={name}", command="flow").flow
+    data = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    flow = build(config.geometry)(build(config.functional)(data=data))
+    assert isinstance(flow, Flow)
+    particles = 1 + torch.randn(100, 2, generator=torch.Generator().manual_seed(1))
+    moved = flow.run(particles, 1, config.step_size, torch.Generator().manual_seed(2))
+    assert moved.shape == particles.shape and not torch.equal(moved, particles)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "field").iterdir()))
