@@ -1,0 +1,124 @@
+"""Gradient flows, all figures in one run: python benchmarks/gradient_flow.py [--json PATH] [--parts NAME ...]
+
+gaussian    from a Gaussian to a Gaussian under KL, every scheme beside the exact law; MALA on a log-concave target
+velocities  every functional of the tests: velocity beside autograd of the value, at rest on the data, falling
+modes       eight modes from a log-density alone
+energy      time and memory of the energy distance by N
+digits      handwritten digits by particle flows and by a one-step generator (trains two generators: ten minutes)
+distances   closed-form distances between Gaussians beside Monte Carlo and scipy
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradient_flow_digits
+import gradient_flow_energy
+import gradient_flow_gaussian
+import gradient_flow_modes
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from diffusion.gradient_flow import WassersteinFlow
+from diffusion.metrics import gaussian_bhattacharyya, gaussian_kl, gaussian_wasserstein
+from diffusion.metrics.gaussians import GaussianLaw
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "gradient_flow"))
+from cases import FUNCTIONALS, draws
+
+DRAWS = 400_000
+
+
+def velocities(number: int = 60, dim: int = 5) -> list[dict[str, Any]]:
+    """For each functional: velocity beside autograd (relative), the largest at the data, the value before and after 20
+    steps."""
+    rows = []
+    for case in FUNCTIONALS:
+        data, x = draws(80, dim, 0), 0.5 + draws(number, dim, 1, spread=1.3)
+        functional = case.build(data).fitted(x, torch.Generator().manual_seed(2))
+        at = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(functional.value(at), at)
+        velocity = functional.velocity(x)
+        moved = WassersteinFlow(functional).run(x, 20, 0.05)
+        still = case.build(data).fitted(data).velocity(data).abs().max() if case.rest else None
+        rows.append(
+            {
+                "functional": case.name,
+                "relative_difference": float((velocity + number * gradient).norm() / velocity.norm()),
+                "largest_velocity_at_data": None if still is None else float(still),
+                "value": [float(functional.value(x)), float(functional.value(moved))],
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def distances(dim: int = 4) -> dict[str, dict[str, float]]:
+    """Each distance between two Gaussians, and what stands beside it."""
+    random = torch.Generator().manual_seed(0)
+
+    def law(shift: float) -> GaussianLaw:
+        root = torch.randn(dim, dim, generator=random, dtype=torch.float64)
+        return GaussianLaw(torch.full((dim,), shift, dtype=torch.float64), root @ root.T + torch.eye(dim).double())
+
+    a, b = law(0.0), law(0.7)
+
+    def density(of: GaussianLaw) -> Callable[[Tensor], Tensor]:
+        return torch.distributions.MultivariateNormal(of.mean, of.covariance).log_prob
+
+    noise = torch.randn(DRAWS, dim, generator=random, dtype=torch.float64)
+    x = a.mean + noise @ torch.linalg.cholesky(a.covariance).T
+    ratio = density(b)(x) - density(a)(x)
+    overlap = (ratio / 2).exp()
+    root = scipy.linalg.sqrtm(a.covariance.numpy())
+    cross = scipy.linalg.sqrtm(root @ b.covariance.numpy() @ root).real.trace()
+    squared = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
+    result = {
+        "KL": {
+            "closed_form": float(gaussian_kl(a, b)),
+            "monte_carlo": -float(ratio.mean()),
+            "standard_error": float(ratio.std()) / math.sqrt(DRAWS),
+        },
+        "Bhattacharyya": {
+            "closed_form": float(gaussian_bhattacharyya(a, b)),
+            "monte_carlo": -math.log(overlap.mean()),
+            "standard_error": float(overlap.std() / overlap.mean()) / math.sqrt(DRAWS),
+        },
+        "W2": {"closed_form": float(gaussian_wasserstein(a, b)), "scipy": math.sqrt(squared)},
+    }
+    for name, row in result.items():
+        print(name, row, flush=True)
+    return result
+
+
+PARTS: dict[str, Callable[[], Any]] = {
+    "gaussian": gradient_flow_gaussian.benchmark,
+    "velocities": velocities,
+    "modes": gradient_flow_modes.modes,
+    "energy": gradient_flow_energy.benchmark,
+    "digits": gradient_flow_digits.benchmark,
+    "distances": distances,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="where to keep the figures; parts that are not run stay as they are")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), metavar="NAME")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    for part in options.parts:
+        print(f"== {part}", flush=True)
+        results[part] = PARTS[part]()
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
