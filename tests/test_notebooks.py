@@ -111,3 +111,23 @@ def test_the_density_prints_what_it_claims(printed):
     for term, truth in zip(terms, (0, 4, 0, -4, 1), strict=True):
         value, error = float(term[2]), float(term[3])
         assert abs(value - truth) < 3 * error
+
+
+def test_downhill_prints_what_it_claims(printed):
+    text = printed("downhill.ipynb")
+    for name in ("energy distance", "Sinkhorn divergence"):
+        first, last = numbers(text, f"{name}: # to # in")
+        assert last < 0.02 * first
+    for order in (1, 2, 4):
+        error, ratio = numbers(text, f"order {order}: W2 error with 20 steps #, halving the steps divides it by #")
+        assert 0.8 * 2**order < ratio < 1.3 * 2**order and error < 0.03
+    least, most = numbers(text, "Langevin: shares of the modes from # to # (exact: 0.125)")
+    assert least < 0.03 and most > 0.25
+    least, most = numbers(text, "tempered: shares of the modes from # to # (exact: 0.125)")
+    assert least > 0.07 and most < 0.19
+    real, mine, noise = (
+        numbers(text, f"{name}: energy distance #\n")[0] for name in ("held-out data", "one step", "noise")
+    )
+    assert real < noise and mine < 0.3 * noise
+    own, held_out = numbers(text, "one step: # from 2000 training points, held-out points #")
+    assert own > 0.7 * held_out

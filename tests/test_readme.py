@@ -25,17 +25,26 @@ def test_python_example_runs(tmp_path, monkeypatch):
 
 def test_field_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, _ = blocks("py")
+    code, *_ = blocks("py")
     (tmp_path / "example.py").write_text(code.replace("effort=0.1", "effort=0.02").replace("(1000)", "(100)"))
     assert runpy.run_path("example.py")["images"].shape == (16, 1, 8, 8)
 
 
 def test_density_example_runs():
-    _, code = blocks("py")
+    _, code, _ = blocks("py")
     scope: dict = {}
     exec(compile(code, "README.md", "exec"), scope)
     (x,) = scope["grid"].grid
     assert float((scope["grid"].density[-1] - scope["series"].density(x[:, None])).abs().max()) < 1e-3
+
+
+def test_flow_example_runs():
+    *_, code = blocks("py")
+    scope: dict = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    energy = scope["EnergyDistance"](scope["data"])
+    assert float(energy.value(scope["particles"])) < 0.1 * float(energy.value(scope["noise"]))
+    assert float((scope["ring"].norm(dim=1) - 1).abs().mean()) < 0.3
 
 
 def test_continuous_integration_runs_the_second_command():
