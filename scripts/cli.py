@@ -49,7 +49,7 @@ def command(config_name: str) -> Callable:
             except USER_ERRORS as error:
                 if debugging:
                     raise
-                with contextlib.suppress(OSError, ValueError):
+                with contextlib.suppress(OSError, ValueError, OmegaConfBaseException):
                     run_folder().rmdir()  # only if the run has left nothing in it
                 if os.environ.get("RANK", "0") == "0":  # one line, not one a process
                     print(f"error: {_one_line(error)}", file=sys.stderr)

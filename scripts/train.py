@@ -81,7 +81,7 @@ def main(config: DictConfig) -> None:
         print(f"{f'continuing {resume}' if resume else 'training'} in {folder}", flush=True)
         average = train(run.metrics, [draw_grid])
         if sampler is None:
-            print(_descent(folder))
+            print(_descent(folder, objective))
         if config.num_samples:
             x = samples(average, config.num_samples, progress=True)
             save_samples(x, folder)
@@ -128,15 +128,17 @@ def _one_step(config: DictConfig, splits: Splits) -> OneStepGenerator:
     return OneStepGenerator(build(config.model), splits.train.shape)
 
 
-def _descent(folder: Path) -> str:
-    """How far the functional, or whatever else the loss is, has fallen, in training and on held-out data."""
+def _descent(folder: Path, objective: Chase) -> str:
+    """How far the functional, or what else the loss is, has fallen, in training and on held-out data."""
     rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
     falls = []
     for name, title in (("loss", "training"), ("test_loss", "held out")):
-        if found := [(row["step"], row[name]) for row in rows if name in row]:
-            (first, start), (last, end) = found[0], found[-1]
-            falls.append(f"{title} {start:.4g} at step {first}, {end:.4g} at step {last}")
-    return f"the functional: {'; '.join(falls)}"
+        if found := [(row[name], row["step"]) for row in rows if name in row]:
+            (start, first), (end, last), (least, lowest) = found[0], found[-1], min(found)
+            falls.append(
+                f"{title} {start:.4g} at step {first}, {end:.4g} at step {last}, least {least:.4g} at {lowest}"
+            )
+    return f"the {'functional' if objective.log_value else 'mean square of the step'}: {'; '.join(falls)}"
 
 
 def _heads(field: Field, splits: Splits, resume: Path | None) -> int:

@@ -31,13 +31,15 @@ class Chase:
 
     Args:
         generator: to be trained.
-        functional: data (M, k) -> Functional, such as functools.partial(SinkhornDivergence, blur=0.5).
-        particles: samples of G a step; None: as many as the batch has points.
+        functional: data (M, k) -> Functional, such as functools.partial(SinkhornDivergence, blur=0.5). Give it its
+            widths: what it would take from its points differs from the data to q', and q' may be one point at first.
+        particles: samples of G a step, of each process and each part of a batch; None: as many as the batch has points.
         step: of the flow, in the functional's time. It scales the gradient, which Adam does not see and clipping does.
         features: phi, (N, *shape) -> (N, *k), in torch operations; None is the identity.
         debias: whether the velocity towards a second sample of G is taken off.
-        log_value: whether the loss is the functional's value, False: the mean square of the velocity, for what has no
-            value, or a costly one. The gradient is the same.
+        log_value: whether the loss is the functional's value, False: the mean square of step velocity, for what has no
+            value, or a costly one. The gradient is the same; the test loss, by which a trainer knows its best
+            checkpoint, is not.
         label_dropout: share of particles of a conditional generator whose class is hidden; their functional is that of
             the whole batch, the others' that of their class.
 
@@ -60,8 +62,11 @@ class Chase:
             raise UserError(f"the generator is a {type(generator).__name__}, expected a OneStepGenerator")
         if particles is not None and (not isinstance(particles, int) or isinstance(particles, bool) or particles < 1):
             raise UserError(f"particles is {particles!r}, expected a whole number of 1 or more, or null")
-        if not 0 < step < math.inf:
-            raise UserError(f"step is {step}, expected a positive number")
+        if not isinstance(step, int | float) or not 0 < step < math.inf:
+            raise UserError(f"step is {step!r}, expected a positive number")
+        for name, function in (("functional", functional), ("features", features)):
+            if not callable(function) and (name, function) != ("features", None):
+                raise UserError(f"{name} is {function!r}, expected a function, such as my_module.{name}")
         if not 0 <= label_dropout <= 1:
             raise UserError(f"label_dropout is {label_dropout}, expected a probability")
         self.shape, self.num_classes = generator.shape, generator.num_classes
@@ -70,9 +75,10 @@ class Chase:
         self.label_dropout = label_dropout
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Square error (N, *k), by its gradient; its mean is the functional."""
-        label = self._labels(batch, self.particles or len(batch.x))
-        phi = self.features(self._draw(network, batch, label, self.particles or len(batch.x)))
+        """Square error (N, *k), by its gradient; with log_value its mean is the functional."""
+        number = self.particles or len(batch.x)
+        label = self._labels(batch, number)
+        phi = self.features(self._draw(network, batch, label, number))
         here = phi.detach()
         with torch.no_grad():
             others = self._others(network, batch)
@@ -107,7 +113,7 @@ class Chase:
         others: Tensor | None,
         randomness: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
-        """The velocity of the functional and its value, for particles of classes the mean of those of each class."""
+        """The velocity and, with log_value, the value: of particles of classes, the mean of those of each class."""
         if label is None:
             return self._towards(x, data, others, randomness)
         velocity, total = torch.empty_like(x), x.new_zeros(())
@@ -127,4 +133,4 @@ class Chase:
         if others is not None:  # fitted by the same draws, which cancel best
             functional = functional + -1.0 * self.functional(others).fitted(x, twin)
         velocity = functional.velocity(x)
-        return velocity, functional.value(x) if self.log_value else velocity.square().mean()
+        return velocity, functional.value(x) if self.log_value else x.new_zeros(())

@@ -49,9 +49,15 @@ class OneStepGenerator(nn.Module):
         return self
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
-        """G(z) (B, *shape), for z (B, *shape) and classes (B,) of a conditional network."""
+        """G(z) (B, *shape), for z (B, *shape) and classes (B,) of a conditional network.
+
+        Raises:
+            UserError: the network's output is not like z, for instance because it has two heads.
+        """
         z = z.to(next(self.network.parameters()).dtype)
         y = self.network(z, z.new_zeros(len(z), 2), label)
+        if y.shape != z.shape:
+            raise UserError(f"the network's output has shape {tuple(y.shape)}, expected {tuple(z.shape)}, like z")
         return self.centre + self.std * y.to(self.centre.dtype)
 
     @torch.no_grad()
@@ -75,7 +81,8 @@ class OneStepGenerator(nn.Module):
         """
         if number < 1 or batch_size < 1:
             raise UserError(f"cannot draw {number} samples in batches of {batch_size}; expected positive numbers")
-        randomness, label, done = torch.Generator().manual_seed(seed), self.labels(label, number), []
+        label, done = class_labels(label, number, self.num_classes), []
+        randomness = torch.Generator().manual_seed(seed)
         with tqdm(total=number, unit="samples", disable=not progress, leave=False) as bar:
             for start in range(0, number, batch_size):
                 part = range(start, min(start + batch_size, number))
@@ -88,10 +95,6 @@ class OneStepGenerator(nn.Module):
                 done.append(x)
                 bar.update(len(x))
         return torch.cat(done)
-
-    def labels(self, label: Tensor | int | None, number: int) -> Tensor | None:
-        """`label` for each of `number` samples, as Generator.labels."""
-        return class_labels(label, number, self.num_classes)
 
     @property
     def device(self) -> torch.device:

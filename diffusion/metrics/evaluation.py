@@ -139,7 +139,8 @@ class Evaluation:
         return (
             "a flow to a finite data set can memorise it: samples lie "
             f"{mine.nearest_train / max(real.nearest_train, SMALLEST_RATIO_BASE):.2f} times as far from the nearest "
-            f"training example as held-out data do, and {mine.memorised:.1%} as near as the nearest 1 % of those"
+            f"training example as held-out data do; {mine.memorised:.1%} of them, and {real.memorised:.1%} of those, "
+            "lie as near as the nearest 1 % of those"
         )
 
 

@@ -22,7 +22,13 @@ class GaussianLaw(NamedTuple):
 
     @classmethod
     def of(cls, points: Tensor) -> "GaussianLaw":
-        """The Gaussian of the mean and the covariance of `points` (N, *shape), each of weight 1/N, in float64."""
+        """The Gaussian of the mean and the covariance of `points` (N, *shape), each of weight 1/N, in float64.
+
+        Raises:
+            UserError: they are no such points.
+        """
+        if points.dim() < 2 or not points.numel():
+            raise UserError(f"points have shape {tuple(points.shape)}, expected (N, *shape)")
         points = points.detach().double().flatten(1)
         mean = points.mean(0)
         return cls(mean, (points - mean).T @ (points - mean) / len(points))

@@ -98,6 +98,17 @@ def test_it_has_no_value(user_error):
             ask(x)
 
 
+def test_wrong_data_are_refused_and_half_precision_is_not(user_error):
+    with user_error("data has entries that are not finite"):
+        Drifting(draws(M, 2, 0) / 0)
+    with user_error("data is list"):
+        Drifting([1.0, 2.0])
+    x, y = points()
+    half = Drifting(y).velocity(x.half())
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.double(), Drifting(y).velocity(x), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("taus", [(), (0.0,), (1.0, -1.0), (float("inf"),)], ids=str)
 def test_wrong_widths_are_refused(taus, user_error):
     with user_error("taus is", "positive numbers"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import FUNCTIONALS, draws
 
+from diffusion.errors import UserError
 from diffusion.gradient_flow.flows.wasserstein import WassersteinFlow
 from diffusion.gradient_flow.functionals import base as module
 
@@ -116,6 +117,18 @@ def test_particles_of_a_wrong_kind_are_refused(case, user_error):
     functional, _ = built(case, 2)
     with user_error("particles are torch.int64", "floating point (N, *shape)"):
         functional.velocity(torch.zeros(3, 2, dtype=torch.int64))
+
+
+@every
+def test_one_particle_that_is_not_finite_is_seen(case):
+    """An error, or not a finite value and not a finite velocity of that particle."""
+    functional, x = built(case, 2)
+    x[3, 1] = float("nan")
+    try:
+        value, velocity = functional.value(x), functional.velocity(x)
+    except UserError:
+        return
+    assert not bool(value.isfinite()) and not bool(velocity[3].isfinite().all())
 
 
 def test_weights_are_those_of_the_terms():

@@ -125,6 +125,8 @@ class TestErrors:
     def test_bad_input_is_refused(self, user_error):
         with user_error("network has output (2, 3)", "(2,) or (2, 1)"):
             ClassifierRatio(normal(10, 0), nn.Linear(2, 3))
+        with user_error("data has entries that are not finite"):
+            ClassifierRatio(normal(10, 0) / 0)
         with user_error("data is of 1 point"):
             ClassifierRatio(normal(1, 0))
         with user_error("particles have shape (3,), expected (2,), as the data"):

@@ -53,10 +53,8 @@ class Modes:
             return torch.autograd.grad(self.log_prob(x).sum(), x)[0]
 
 
-SHORT = Trainer(
-    steps=150, batch_size=256, learning_rate=3e-3, warmup=10, ema_decay=0.9, checkpoint_every=10, test_examples=2000,
-    device="cpu",
-)  # fmt: skip
+OPTIONS = {"learning_rate": 3e-3, "warmup": 10, "ema_decay": 0.9, "checkpoint_every": 10, "test_examples": 2000}
+SHORT = Trainer(steps=150, batch_size=256, device="cpu", **OPTIONS)
 
 SMALL = NetworkScore(trainer=SHORT, width=32, depth=1)
 LAWS = {"normal": Normal, "modes": Modes}
@@ -95,6 +93,17 @@ def test_the_error_of_the_score_falls_with_the_number_of_particles(estimator, la
     law = LAWS[law](dim)
     errors = [error(estimator, law, number) for number in (200, 1600)]
     assert errors[0] < few and errors[1] < many and errors[1] < 0.9 * errors[0], errors
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "blob", "stein"),
+    [("normal", 2, 0.3, 0.06), ("normal", 5, 0.7, 0.14), ("normal", 10, 1.0, 0.22), ("modes", 2, 0.8, 0.46)],
+)
+def test_the_blob_is_for_few_dimensions_and_one_mode(name, dim, blob, stein):
+    """Errors of 400 particles, by the rule, as its docstring has them."""
+    law = LAWS[name](dim)
+    assert error(Blob(), law, 400) == pytest.approx(blob, abs=0.05)
+    assert error(SteinScore(), law, 400) < 1.2 * stein
 
 
 def sums_of_kernels(dim, round):

@@ -205,5 +205,8 @@ class TestErrors:
             distance(good, GaussianLaw(good.mean, torch.eye(3).double()))
         with user_error("2 and 3 dimensions"):
             distance(good, law(3, 0))
+        for shape in ((5,), (0, 2)):
+            with user_error(f"points have shape {shape}"):
+                GaussianLaw.of(torch.zeros(shape))
         with user_error("not finite"):
             distance(good, GaussianLaw(good.mean, good.covariance * math.nan))

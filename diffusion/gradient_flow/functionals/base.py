@@ -114,6 +114,26 @@ def points_of(particles: Tensor, dim: int | None = None) -> Tensor:
     return points
 
 
+def check_data(data: Tensor) -> None:
+    """Refuse what is not a finite floating-point tensor (M, *shape)."""
+    if not isinstance(data, Tensor) or not data.is_floating_point() or data.dim() < 2 or not data.numel():
+        found = f"{data.dtype} of shape {tuple(data.shape)}" if isinstance(data, Tensor) else type(data).__name__
+        raise UserError(f"data is {found}, expected a floating point tensor (M, *shape)")
+    if not bool(data.isfinite().all()):
+        raise UserError("data has entries that are not finite, expected finite numbers")
+
+
+def with_data(particles: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
+    """Particles (N, *shape) and data (M, *shape) as points (N, d) and (M, d), in single precision or better.
+
+    Raises:
+        UserError: as `points_of`, or their dimensions differ.
+    """
+    x = points_of(particles, data[0].numel())
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x, data.detach().to(x).flatten(1)
+
+
 def chunks(rows: int, columns: int) -> Iterator[slice]:
     """Slices of `rows` rows such that each, with `columns` columns, is at most CHUNK pairs, or one row."""
     step = max(1, CHUNK // columns)

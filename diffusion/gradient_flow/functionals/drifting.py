@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.gradient_flow.functionals.base import Functional, chunks, points_of
+from diffusion.gradient_flow.functionals.base import Functional, check_data, chunks, with_data
 
 
 def laplace(distance: Tensor, tau: float) -> Tensor:
@@ -47,7 +47,7 @@ class Drifting(Functional):
             paper's algorithm 2, they do not, but narrow kernels repel.
 
     Raises:
-        UserError: taus are not positive numbers.
+        UserError: no such data, or taus are not positive numbers.
     """
 
     data: Tensor
@@ -59,7 +59,7 @@ class Drifting(Functional):
     own: bool = True
 
     def __post_init__(self):
-        points_of(self.data)
+        check_data(self.data)
         if not self.taus or not all(0 < tau < float("inf") for tau in self.taus):
             raise UserError(f"taus is {list(self.taus)}, expected one or more positive numbers")
 
@@ -76,16 +76,15 @@ class Drifting(Functional):
 
     @torch.no_grad()
     def velocity(self, particles):
-        x = points_of(particles, self.data[0].numel())
+        x, y = with_data(particles, self.data)
         if not self.own and len(x) < 2:
             raise UserError("there is one particle, expected two or more with own=False: nothing would repel it")
-        y = self.data.to(x).flatten(1)
         total = torch.zeros_like(x)
         for tau in self.taus:
             field = self._field(x, y, tau)
             scale = field.square().mean().sqrt() if self.unit else field.new_tensor(1.0)
             total += field / scale.clamp_min(torch.finfo(field.dtype).tiny)
-        return total.view_as(particles)
+        return total.to(particles.dtype).view_as(particles)
 
     def _field(self, x: Tensor, y: Tensor, tau: float) -> Tensor:
         columns = self._columns(x, y, tau) if self.columns else None

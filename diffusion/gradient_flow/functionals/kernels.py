@@ -27,6 +27,10 @@ class Kernel(ABC):
     def slopes(self, x: Tensor, y: Tensor) -> Tensor:
         """sum_j grad_x k(x, y_j), (n, d)."""
 
+    @abstractmethod
+    def slopes_there(self, x: Tensor, y: Tensor) -> Tensor:
+        """sum_j grad_y k(x, y_j), (n, d)."""
+
     def fitted(self, points: Tensor) -> Kernel:
         """This kernel with what it takes from the data, (M, d)."""
         return self
@@ -53,6 +57,15 @@ class Function(Kernel):
             raise UserError("the kernel has no derivative in x; expected torch operations, not under no_grad")
         return torch.autograd.grad(values.sum(), x)[0]
 
+    @torch.enable_grad()
+    def slopes_there(self, x, y):
+        """By a shift of all y and d + 1 derivatives: of sum_i w_i k_i in the shift, and of that in w."""
+        shift = y.new_zeros(y.shape[1], requires_grad=True)
+        weights = y.new_ones(len(x), requires_grad=True)
+        values = self.matrix(x.detach(), y.detach() + shift).sum(1)
+        slopes = torch.autograd.grad(weights @ values, shift, create_graph=True)[0]
+        return torch.stack([torch.autograd.grad(part, weights, retain_graph=True)[0] for part in slopes], 1)
+
 
 class Radial(Kernel):
     """A function of the squared distance."""
@@ -70,7 +83,11 @@ class Radial(Kernel):
 
     def slopes(self, x, y):
         weights = self.derivative(_squared_distances(x, y))
-        return 2 * (weights.sum(1, keepdim=True) * x - weights @ y)
+        centre = y.mean(0)  # far from the origin, differences of products are rough
+        return 2 * (weights.sum(1, keepdim=True) * (x - centre) - weights @ (y - centre))
+
+    def slopes_there(self, x, y):
+        return -self.slopes(x, y)
 
 
 @dataclass(frozen=True)
@@ -155,10 +172,10 @@ class Riesz(Radial):
             raise UserError(f"power is {self.power}, expected a number between 0 and 2, without them")
 
     def profile(self, squared):
-        return -torch.where(squared > 0, squared, 1).pow(self.power / 2) * (squared > 0)
+        return -torch.where(squared == 0, 1, squared).pow(self.power / 2) * (squared != 0)
 
     def derivative(self, squared):
-        return -self.power / 2 * torch.where(squared > 0, squared, math.inf).pow(self.power / 2 - 1)
+        return -self.power / 2 * torch.where(squared == 0, math.inf, squared).pow(self.power / 2 - 1)
 
 
 def kernel_of(kernel: Kernel | Callable[[Tensor, Tensor], Tensor]) -> Kernel:

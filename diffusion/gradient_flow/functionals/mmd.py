@@ -9,9 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from diffusion.gradient_flow.functionals.base import Functional, chunks, points_of
+from diffusion.gradient_flow.functionals.base import Functional, check_data, chunks, with_data
 from diffusion.gradient_flow.functionals.kernels import Gaussian, Kernel, kernel_of
-from diffusion.gradient_flow.functionals.slices import check_data
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +36,13 @@ class MMD(Functional):
         object.__setattr__(self, "kernel", kernel_of(self.kernel).fitted(self.data.flatten(1)))
 
     def value(self, particles):
-        x, y = self._inputs(particles)
+        x, y = with_data(particles, self.data)
         inside, across = self._mean(x, x), self._mean(x, y)
         return (inside - 2 * across + self._among_data.to(inside)).to(particles.dtype)
 
     @torch.no_grad()
     def velocity(self, particles):
-        x, y = self._inputs(particles)
+        x, y = with_data(particles, self.data)
         velocity = torch.cat(
             [
                 self.kernel.slopes(x[rows], y) / len(y) - self.kernel.slopes(x[rows], x) / len(x)
@@ -54,7 +53,7 @@ class MMD(Functional):
 
     @torch.no_grad()
     def first_variation(self, particles):
-        x, y = self._inputs(particles)
+        x, y = with_data(particles, self.data)
         return torch.cat(
             [
                 2 * (self._sums(x[rows], x) / len(x) - self._sums(x[rows], y) / len(y))
@@ -77,9 +76,3 @@ class MMD(Functional):
     def _sums(self, x: Tensor, y: Tensor) -> Tensor:
         """sum_j k(x, y_j), (n,), float64."""
         return self.kernel.matrix(x, y).sum(1, dtype=torch.float64)
-
-    def _inputs(self, particles: Tensor) -> tuple[Tensor, Tensor]:
-        """Particles and data, in single precision or better."""
-        x = points_of(particles, self.data[0].numel())
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x, self.data.to(x).flatten(1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffusion.data.base import TensorData, fixed_split
 from diffusion.errors import UserError
-from diffusion.gradient_flow.functionals.base import points_of
+from diffusion.gradient_flow.functionals.base import check_data, points_of
 from diffusion.objectives import Batch, DensityRatio
 from diffusion.randomness import derive_seed
 from diffusion.trainer import Trainer
@@ -90,8 +90,8 @@ class ClassifierRatio(Ratio):
         fits: how often it was fitted.
 
     Raises:
-        UserError: the network's output has another shape; log_ratio before the first fit; particles of another shape
-            than the data.
+        UserError: no such data; the network's output has another shape; log_ratio before the first fit; particles of
+            another shape than the data.
     """
 
     data: Tensor
@@ -101,7 +101,7 @@ class ClassifierRatio(Ratio):
     fits: int = 0
 
     def __post_init__(self):
-        points_of(self.data)
+        check_data(self.data)
         if len(self.data) < 2:
             raise UserError(f"data is of {len(self.data)} point, expected at least 2: one is held out")
         network = RatioNetwork(self.data.shape[1:], seed=self.trainer.seed) if self.network is None else self.network

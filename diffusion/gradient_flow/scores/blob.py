@@ -26,6 +26,11 @@ class Blob(ScoreEstimator):
 
     A particle is at distance 0 of itself, so its sum of kernels is at least 1, and nothing underflows.
 
+    It is an estimate for few dimensions. The score of 400 particles of a Gaussian is wrong by 0.3 of itself in 2
+    dimensions, by 0.7 in 5, and in 10 there is next to none, as few particles are within h of another; that of 8 modes
+    on a ring is wrong by 0.8 with the rule, whose h is as wide as the modes lie apart, and by 0.4 with a third of it.
+    SteinScore does better in all of these, but has no value.
+
     Args:
         bandwidth: h, per coordinate; without it Silverman's rule (1986, eq. 4.14) chooses it for the particles to which
             it is fitted, and holds it until it is fitted again.

@@ -76,6 +76,7 @@ class SteinScore(ScoreEstimator):
             "GaussianScore()"
         )
 
+    @torch.no_grad()
     def log_density(self, particles):
         frame, kernels, weights = self._solved(particles)
         return (kernels.sums(frame.u, weights) - 0.5 * frame.u.square().sum(1)).to(particles.dtype)
