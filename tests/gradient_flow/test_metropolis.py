@@ -11,8 +11,10 @@ from diffusion.gradient_flow.flows.langevin import Langevin
 from diffusion.gradient_flow.flows.metropolis import Metropolis
 from diffusion.gradient_flow.flows.overdamped import EulerMaruyama
 from diffusion.gradient_flow.flows.preconditioners import Identity, Matrix
+from diffusion.gradient_flow.functionals.entropy import Entropy
 from diffusion.gradient_flow.functionals.interaction import Interaction
 from diffusion.gradient_flow.functionals.kl import KL
+from diffusion.gradient_flow.functionals.potential import Potential
 
 
 def name(value) -> str:
@@ -85,6 +87,14 @@ def test_the_rate_is_the_share_of_proposals_that_moved():
             assert moment.memory.last == shares[-1]
         x = moment.particles
     assert moment.memory.rate == pytest.approx(sum(shares) / 8) and moment.memory.steps == 8
+
+
+def test_the_law_is_that_of_the_temperature():
+    """exp(-U / tau) with U = x^2 / 2 and tau = 0.4, in coordinates that a full matrix mixes."""
+    matrix = Matrix(torch.tensor([[1.0, 0.5], [0.5, 0.6]], dtype=torch.float64))
+    functional = 0.4 * Entropy() + Potential(lambda x: x.square().sum(1) / 2)
+    x = Langevin(functional, Metropolis(), matrix).run(draws(8000, 2, 3), 30, 0.7, seeded(4))
+    assert ((x.square().mean(0) - 0.4).abs() < 4 * 0.4 * math.sqrt(2 / 8000)).all()
 
 
 def test_proposals_beyond_the_support_are_refused():

@@ -1,6 +1,7 @@
 """Annealing: exact moves, an adaptive path, and modes found with their weights."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+EARLY = pytest.mark.filterwarnings("ignore:annealing ended")
+
+
 def last(flow, x, steps, step_size=1.0, seed=0):
     *_, moment = flow.moments(x, steps, step_size, seeded(seed))
     return moment
@@ -46,6 +50,7 @@ def test_modes_are_found_with_their_weights(jumps, number):
     assert moment.memory.evaluations == 81
 
 
+@EARLY
 def test_evaluations_are_one_value_and_one_gradient_of_each_particle_a_step():
     asked = {True: 0, False: 0}
 
@@ -118,6 +123,7 @@ def test_a_rise_costs_the_loss_of_the_effective_sample_size():
     assert _rise(gain, 1e-4, 0.1) == 1e-4
 
 
+@EARLY
 def test_units_of_the_first_particles_do_not_matter():
     """Another origin and other scales of coordinates: the same run in other units."""
     x, shift = draws(60, 2, 0), torch.tensor([5.0, -40.0]).double()
@@ -133,12 +139,14 @@ def test_a_support_with_an_edge_is_kept():
     assert float(x.mean()) == pytest.approx(1, abs=0.2)
 
 
+@EARLY
 def test_images_and_single_precision_are_served():
     x = draws(30, 4, 0).float().view(30, 1, 2, 2)
     moved = Tempered(KL(lambda x: -x.flatten(1).square().sum(1))).run(x, 6, 1.0, seeded())
     assert moved.shape == x.shape and moved.dtype == torch.float32
 
 
+@EARLY
 def test_another_flow_in_between_is_taken_note_of():
     kl = KL(log_prob)
     moment = last(Tempered(kl) + Tempered(kl), draws(20, 2, 0), 3)
@@ -162,3 +170,16 @@ def test_what_cannot_be_annealed_is_refused(user_error):
         Tempered(KL(log_prob), jumps=-1)
     with user_error("weight of particle", "nan"):
         Tempered(KL(lambda x: torch.where(x[:, 0] > 0, x[:, 0], math.nan))).run(x, 1, 1.0)
+
+
+def test_a_run_that_ends_before_the_target_warns():
+    flow, x = Tempered(KL(log_prob), loss=0.03), draws(100, 2, 0, spread=3.0)
+    with pytest.warns(UserWarning, match="annealing ended at the share") as caught:
+        moment = last(flow, x, 3)
+    (warning,) = caught
+    assert f"share {moment.memory.share:.3g} of the way to the target after 3 steps" in str(warning.message)
+    with pytest.warns(UserWarning, match="after 2 steps"):
+        (flow + flow).run(x, 2, 1.0, seeded())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert last(flow, x, 80).memory.share == 1.0

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffusion.errors import UserError
 from diffusion.gradient_flow.flows.wasserstein import StepControl, WassersteinFlow
 from diffusion.gradient_flow.functionals.base import Functional
+from diffusion.gradient_flow.functionals.energy import EnergyDistance
 from diffusion.gradient_flow.functionals.entropy import Entropy
 from diffusion.gradient_flow.functionals.interaction import Interaction
 from diffusion.gradient_flow.functionals.kl import KL
@@ -188,6 +189,31 @@ def test_momentum_is_heavy_ball():
         expected = x0 * (weight * plus**moment.step + (1 - weight) * minus**moment.step)
         assert abs(expected.imag) < 1e-12
         torch.testing.assert_close(moment.particles, torch.full((2, 3), expected.real, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_one_particle_goes_down_an_ordinary_function(momentum):
+    """As gradient descent does in torch.optim."""
+    x = draws(1, 3, 5)
+    theta = torch.nn.Parameter(x.clone())
+    optimizer = torch.optim.SGD([theta], lr=0.02, momentum=momentum)
+    for _ in range(30):
+        optimizer.zero_grad()
+        anharmonic.energy(theta).sum().backward()
+        optimizer.step()
+    moved = WassersteinFlow(anharmonic, momentum=momentum, control=None).run(x, 30, 0.02)
+    torch.testing.assert_close(moved, theta.data)
+
+
+def test_control_finds_its_step_where_the_largest_is_much_too_long():
+    """The energy distance to 8 modes: as near as with the steps of length 1 that suit it."""
+    angles = torch.arange(8) * math.tau / 8
+    centres = 4 * torch.stack([angles.cos(), angles.sin()], 1).double()
+    distance = EnergyDistance(centres.repeat(40, 1) + 0.3 * draws(320, 2, 0))
+    x = draws(200, 2, 1)
+    suited = distance.value(WassersteinFlow(distance, control=None).run(x, 150, 1.0))
+    for largest in (1.0, 30.0, 100.0):
+        assert distance.value(WassersteinFlow(distance).run(x, 150, largest)) < 1.1 * suited
 
 
 def test_momentum_is_faster_on_a_narrow_valley():

@@ -1,9 +1,12 @@
 """Langevin dynamics annealed over the noise levels of a model."""
 
+import warnings
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.fields import AffineField
@@ -16,32 +19,46 @@ from diffusion.gradient_flow.functionals.kl import KL
 from diffusion.gradient_flow.functionals.targets import Scored
 
 
+@runtime_checkable
+class Moving(Scored, Protocol):
+    """A model with a velocity, such as a Generator or an EmpiricalField."""
+
+    def velocity(self, x: Tensor, t: Tensor | float) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class AnnealedLangevin(Flow):
     """Langevin on KL(model, time=t) for falling times t: Song and Ermon 2019 (arXiv 1907.05600), algorithm 1.
 
-    A step at the noise level s = sigma(t) / alpha(t) has length step_size * sigma(t)^2, their eps_i / 2: with step_size
-    in (0, 1) it is stable at every level, for there no law is narrower than its noise. In the end the particles have
-    the law of the model at the last of the times, if noise is Gaussian: under heavy tails, such as gravity's, the drift
-    of particles far out is too weak to bring them back in few steps.
+    A step at time t has length step_size * sigma(t)^2, their alpha_i / 2: with step_size in (0, 1) it is stable at each
+    level, for there no law is narrower than its noise. From one time to the next particles also move by one Euler step
+    of the model's velocity, the predictor of Song et al. 2021 (arXiv 2011.13456): without it the heavy tails of noise
+    such as gravity's stay where they are, for their score is too weak. In the end the particles have the law of the
+    model at the last of the times.
 
     Args:
-        model: a Generator, an EmpiricalField, or what KL takes; of an affine field.
+        model: a Generator, an EmpiricalField, or any object with `field`, an affine one, `score(x, t)` and
+            `velocity(x, t)`.
         times: falling, within the model's, such as tuple(LogSNRGrid()(model.field, 10).tolist()) of the samplers, whose
             noise levels fall by one factor.
         repeats: steps at each time; steps beyond len(times) * repeats stay at the last.
         integrator: as for Langevin; what it carries from step to step starts anew at each time.
 
     Raises:
-        UserError: times do not fall or are not the model's, repeats is not positive; the field is not affine.
+        UserError: times do not fall or are not the model's, repeats is not positive; the model has no velocity, or
+            a field that is not affine.
     """
 
-    model: Scored
+    model: Moving
     times: tuple[float, ...]
     repeats: int = 10
     integrator: Integrator = field(default=EulerMaruyama())
 
     def __post_init__(self):
+        if not isinstance(self.model, Moving):
+            raise UserError(
+                f"the model is {type(self.model).__name__}, expected one with field, score(x, t) and velocity(x, t)"
+            )
         if not self.times or any(a <= b for a, b in zip(self.times[:-1], self.times[1:], strict=True)):
             raise UserError(f"the times of annealing are {self.times}, expected one or more that fall")
         if not isinstance(self.repeats, int) or isinstance(self.repeats, bool) or self.repeats < 1:
@@ -70,7 +87,21 @@ class AnnealedLangevin(Flow):
         level = min(moment.step // self.repeats, len(self.times) - 1)
         flow = self._flows[level]
         if level and moment.step == level * self.repeats:
-            fitted = flow.subject().fitted(moment.particles, generator)
-            moment = replace(moment, functional=fitted, memory=flow.begin(moment.particles))
+            x, before, now = moment.particles, *self.times[level - 1 : level + 1]
+            with torch.no_grad():
+                x = x + (now - before) * self.model.velocity(x, before).to(x)
+            moment = replace(moment, particles=x, functional=flow.subject().fitted(x, generator), memory=flow.begin(x))
         sigma = float(self.model.field.sigma(torch.tensor(self.times[level], dtype=torch.float64)))
         return flow.advance(moment, step_size * sigma**2, generator)
+
+    def copied(self, memory, origin):
+        return self._flows[0].copied(memory, origin)
+
+    def finish(self, moment):
+        level = min((moment.step - 1) // self.repeats, len(self.times) - 1)
+        if level < len(self.times) - 1:
+            warnings.warn(
+                f"annealing ended at time {self.times[level]:.4g} after {moment.step} steps, and is done at "
+                f"{self.times[-1]:.4g}; take more than {(len(self.times) - 1) * self.repeats} steps",
+                stacklevel=3,
+            )

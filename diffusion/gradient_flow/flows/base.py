@@ -24,6 +24,8 @@ class Moment:
         step: steps done.
         time: the sum of their sizes.
         memory: what the flow itself carries along, such as momenta.
+        origin: where the last step let particles die and others double, which of those before it each is a copy of
+            (N,); else None.
     """
 
     particles: Tensor
@@ -31,6 +33,7 @@ class Moment:
     step: int = 0
     time: float = 0.0
     memory: Any = None
+    origin: Tensor | None = None
 
     def value(self) -> float:
         """The functional at the particles."""
@@ -53,6 +56,14 @@ class Flow(ABC):
     @abstractmethod
     def advance(self, moment: Moment, step_size: float, generator: torch.Generator | None) -> Moment:
         """One step. The functional is fitted to the particles; `step` is counted by the loop, time here."""
+
+    def copied(self, memory: Any, origin: Tensor) -> Any:
+        """The memory after another flow made each particle a copy of the one at `origin` (N,), before it moves."""
+        return memory
+
+    def finish(self, moment: Moment) -> None:
+        """After the last step of a run: warns where the flow has not reached its end."""
+        return
 
     def moments(
         self, particles: Tensor, steps: int, step_size: float, generator: torch.Generator | None = None
@@ -82,6 +93,7 @@ class Flow(ABC):
             moment = replace(self.advance(moment, step_size, generator), step=step)
             _check(moment.particles, step)
             yield moment
+        self.finish(moment)
 
     def run(self, particles: Tensor, steps: int, step_size: float, generator: torch.Generator | None = None) -> Tensor:
         """The particles after `steps` steps; `moments` has those in between, and the functional's values."""
@@ -95,7 +107,12 @@ class Flow(ABC):
 
 @dataclass(frozen=True)
 class Alternating(Flow):
-    """Each step is one of each flow in turn, all on one functional. Write it flow + flow."""
+    """Each step is one of each flow in turn, all on one functional. Write it flow + flow.
+
+    A flow takes a step of the size that the one before it took, such as a WassersteinFlow under control, which goes
+    first for that reason; `step_size` itself where that one stayed in its place. Where one copies particles, the copies
+    have what the others remember of the particle copied.
+    """
 
     flows: tuple[Flow, ...]
 
@@ -111,11 +128,23 @@ class Alternating(Flow):
         return tuple(flow.begin(particles) for flow in self.flows)
 
     def advance(self, moment, step_size, generator):
-        memories, start = [], moment.time
+        memories, start, origin, size = list(moment.memory), moment.time, None, step_size
+        for k, flow in enumerate(self.flows):
+            moment = replace(moment, memory=memories[k], time=0.0, origin=None)
+            moment = flow.advance(moment, size, generator)
+            memories[k], size = moment.memory, moment.time or size
+            if moment.origin is not None:
+                origin = moment.origin if origin is None else origin[moment.origin]
+                for other in set(range(len(self.flows))) - {k}:
+                    memories[other] = self.flows[other].copied(memories[other], moment.origin)
+        return replace(moment, memory=tuple(memories), time=start + moment.time, origin=origin)
+
+    def copied(self, memory, origin):
+        return tuple(flow.copied(part, origin) for flow, part in zip(self.flows, memory, strict=True))
+
+    def finish(self, moment):
         for flow, memory in zip(self.flows, moment.memory, strict=True):
-            moment = flow.advance(replace(moment, memory=memory, time=start), step_size, generator)
-            memories.append(moment.memory)
-        return replace(moment, memory=tuple(memories))
+            flow.finish(replace(moment, memory=memory))
 
 
 def _check(particles: Tensor, step: int) -> None:

@@ -73,3 +73,7 @@ class Integrator(ABC):
     @abstractmethod
     def step(self, dynamics: Dynamics, x: Tensor, memory: Any, h: float) -> Stepped:
         """One step of length h from x (N, d)."""
+
+    def copied(self, memory: Any, origin: Tensor) -> Any:
+        """The memory where each particle has become a copy of the one at `origin` (N,)."""
+        return memory

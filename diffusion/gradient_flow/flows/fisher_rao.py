@@ -17,15 +17,19 @@ from diffusion.gradient_flow.functionals.entropy import Entropy
 class FisherRaoFlow(Flow):
     """d_t q = -q (dF/dq - E_q dF/dq), by particles that die and others that double.
 
-    The gradient flow of F in the Fisher-Rao (Hellinger) metric: Lu, Lu and Nolen 2019, arXiv 1905.09863. A step gives
-    particle i the weight exp(-h' v_i), with v the first variation, and draws as many particles again by these weights,
-    so that on average the law is that of the weights. Where F = tau * Entropy + E[U] the equation is linear in log q,
-    and h' = (1 - exp(-tau h)) / tau makes a step of any length h exact: q_h ~ q_0 exp(-h' (tau log q_0 + U)); without
-    an entropy h' = h and q_h ~ q_0 exp(-h U).
+    The gradient flow of F in the Fisher-Rao (Hellinger) metric: Lu, Lu and Nolen 2019, arXiv 1905.09863. Of an ordinary
+    function of the weights w of given places it is the natural gradient flow (Amari 1998), dw/dt = -G^-1 df/dw with the
+    Fisher information G; a step minimises KL(w' || w) / h' + v.w' with v = df/dw.
+
+    A step gives particle i the weight exp(-h' v_i), with v the first variation, and draws as many particles again by
+    these weights, so that on average the law is that of the weights. Where F = tau * Entropy + E[U] the equation is
+    linear in log q, and h' = (1 - exp(-tau h)) / tau makes a step of any length h exact: q_h ~ q_0 exp(-h' (tau log q_0
+    + U)); without an entropy h' = h and q_h ~ q_0 exp(-h U).
 
     Particles never reach a new place: add a flow that moves them, WassersteinFlow(F) + FisherRaoFlow(F) or
-    Langevin(F) + FisherRaoFlow(F), for the Wasserstein-Fisher-Rao flow. A survivor keeps its index, and with it what
-    another flow remembers of it. For KL the entropy must have a first variation, as that of Blob has.
+    Langevin(F) + FisherRaoFlow(F), for the Wasserstein-Fisher-Rao flow. A survivor keeps its index, and a copy has
+    what another flow remembers of the particle copied, such as its momentum. For KL the entropy must have a first
+    variation, as that of Blob has.
 
     Raises:
         UserError: in a run, the first variation is unknown, or is NaN, or infinite for all particles.
@@ -40,7 +44,7 @@ class FisherRaoFlow(Flow):
         with torch.no_grad():
             variation = moment.functional.first_variation(moment.particles)
         chosen = resampled(-effective(self.functional, step_size) * variation, generator)
-        return replace(moment, particles=moment.particles[chosen], time=moment.time + step_size)
+        return replace(moment, particles=moment.particles[chosen], time=moment.time + step_size, origin=chosen)
 
 
 def effective(functional: Functional, step_size: float) -> float:

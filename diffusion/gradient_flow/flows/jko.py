@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from diffusion.errors import UserError
 from diffusion.gradient_flow.flows.base import Flow
-from diffusion.gradient_flow.flows.langevin import Noised
-from diffusion.gradient_flow.functionals.base import Functional, Sum, points_of
-from diffusion.gradient_flow.functionals.entropy import Entropy
+from diffusion.gradient_flow.flows.langevin import Noised, split_of
+from diffusion.gradient_flow.functionals.base import Functional, points_of
 from diffusion.objectives import Batch
 from diffusion.randomness import derive_seed
 from diffusion.trainer import Trainer
@@ -76,10 +75,7 @@ class JKO(Flow):
     first: Trainer | None = None
 
     def subject(self):
-        terms = self.functional.terms()
-        entropies = tuple(term for term in terms if isinstance(term.functional, Entropy))
-        rest = Sum(tuple(term for term in terms if not isinstance(term.functional, Entropy)))
-        return Noised(entropies, rest)
+        return split_of(self.functional)
 
     def begin(self, particles):
         dim = points_of(particles).shape[1]

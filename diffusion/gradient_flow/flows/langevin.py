@@ -51,16 +51,21 @@ class Noised(Functional):
         return Sum(Sum(self.entropies).fitted(particles).terms() + self.rest.terms())
 
 
-def noised(functional: Functional) -> Noised:
-    """The entropies of a functional apart from its other terms.
-
-    Raises:
-        UserError: there are none, or their weights add up to no positive number.
-    """
+def split_of(functional: Functional) -> Noised:
+    """The entropies of a functional, if any, apart from its other terms."""
     terms = functional.terms()
     entropies = tuple(term for term in terms if isinstance(term.functional, Entropy))
-    split = Noised(entropies, Sum(tuple(term for term in terms if not isinstance(term.functional, Entropy))))
-    if not entropies:
+    return Noised(entropies, Sum(tuple(term for term in terms if not isinstance(term.functional, Entropy))))
+
+
+def noised(functional: Functional) -> Noised:
+    """The same of a functional that has noise.
+
+    Raises:
+        UserError: there are no entropies, or their weights add up to no positive number.
+    """
+    split = split_of(functional)
+    if not split.entropies:
         raise UserError(
             f"{type(functional).__name__} has no entropy among its terms, expected one for the noise to stand for: add "
             "tau * Entropy(), or take WassersteinFlow"
@@ -122,6 +127,9 @@ class Langevin(Flow):
     def advance(self, moment, step_size, generator):
         draws = Draws(generator)
         return self.stepped(moment, step_size, draws.normal, draws.uniform)
+
+    def copied(self, memory, origin):
+        return self.integrator.copied(memory, origin)
 
     def stepped(
         self,

@@ -38,10 +38,13 @@ class LeimkuhlerMatthews(Integrator):
         after = dynamics.noise(x)
         return Stepped(x + h * dynamics.drift(x) + h**0.5 / 2 * (before + after), after)
 
+    def copied(self, memory, origin):
+        return None if memory is None else memory[origin]
+
 
 @dataclass(frozen=True)
 class StochasticHeun(Integrator):
-    """Order 2, two velocities a step: Kloeden and Platen 1992, eq. 15.1.3, for additive noise."""
+    """Order 2, two velocities a step: Kloeden and Platen 1992, section 15.1, for additive noise."""
 
     order = 2
 

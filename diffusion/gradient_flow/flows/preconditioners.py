@@ -142,7 +142,7 @@ class EnsembleCovariance(Preconditioner):
                 "spans them all"
             )
         upper = torch.linalg.qr((x - x.mean(0)) / number**0.5, mode="r").R
-        return Lower(upper.T * upper.diagonal().sign())
+        return Lower(upper.T)
 
     def divergence(self, x):
         return (x.shape[1] + 1) / len(x) * (x - x.mean(0))

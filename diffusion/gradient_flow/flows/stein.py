@@ -3,92 +3,16 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from diffusion.errors import UserError
 from diffusion.gradient_flow.flows.base import Flow
-from diffusion.gradient_flow.functionals.base import Functional, Sum, chunks, points_of
-from diffusion.gradient_flow.functionals.entropy import Entropy
-
-MEDIAN_OF = 2048
-"""Particles whose distances the median rule looks at, at most."""
-
-
-class SteinKernel(ABC):
-    """A positive definite kernel k(x, y) with its gradient in y."""
-
-    @abstractmethod
-    def held(self, points: Tensor) -> SteinKernel:
-        """The kernel with a bandwidth for `points` (N, d)."""
-
-    @abstractmethod
-    def smoothed(self, x: Tensor, y: Tensor, forces: Tensor, temperature: float) -> Tensor:
-        """sum_j k(x_i, y_j) forces_j + temperature grad_y k(x_i, y_j), (n, d), for x (n, d), y and forces (N, d)."""
-
-
-@dataclass(frozen=True)
-class Radial(SteinKernel):
-    """k(x, y) = phi(|x - y|^2 / h^2).
-
-    Args:
-        bandwidth: h; without it h^2 = median_{i<j} |x_i - x_j|^2 / log N for the particles of each step (Liu and Wang
-            2016, section 5), by the first and evenly spaced ones where they are very many.
-    """
-
-    bandwidth: float | None = None
-
-    def __post_init__(self):
-        if self.bandwidth is not None and not 0 < self.bandwidth < math.inf:
-            raise UserError(f"bandwidth is {self.bandwidth}, expected a positive number, or None for the median rule")
-
-    @abstractmethod
-    def profile(self, squares: Tensor) -> tuple[Tensor, Tensor]:
-        """phi and its derivative."""
-
-    def held(self, points):
-        return self if self.bandwidth is not None else replace(self, bandwidth=median_bandwidth(points))
-
-    def smoothed(self, x, y, forces, temperature):
-        inverse = self.bandwidth**-2
-        centre = y.mean(0)
-        x, y = x - centre, y - centre
-        squares = (x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * x @ y.T).clamp_min(0)
-        phi, slope = self.profile(inverse * squares)
-        pushed = slope @ y - slope.sum(1, keepdim=True) * x
-        return phi @ forces + (2 * temperature * inverse) * pushed
-
-
-@dataclass(frozen=True)
-class RBF(Radial):
-    """exp(-|x - y|^2 / h^2), as in Liu and Wang 2016."""
-
-    def profile(self, squares):
-        phi = (-squares).exp()
-        return phi, -phi
-
-
-@dataclass(frozen=True)
-class InverseMultiquadric(Radial):
-    """(1 + |x - y|^2 / h^2)^(-1/2): slow to decay, it sees mass escape (Gorham and Mackey 2017, arXiv 1703.01717)."""
-
-    def profile(self, squares):
-        phi = (1 + squares).rsqrt()
-        return phi, -0.5 * phi**3
-
-
-@dataclass(frozen=True)
-class Linear(SteinKernel):
-    """x . y + 1: a flow to a Gaussian moves mean and covariance, and every Gaussian stays one (Liu and Wang 2018)."""
-
-    def held(self, points):
-        return self
-
-    def smoothed(self, x, y, forces, temperature):
-        return x @ (y.T @ forces) + forces.sum(0) + temperature * len(y) * x
+from diffusion.gradient_flow.flows.langevin import split_of
+from diffusion.gradient_flow.functionals.base import Functional, chunks, points_of
+from diffusion.gradient_flow.functionals.kernels import Gaussian, Kernel, Scaled, kernel_of, median_distance
 
 
 @dataclass(frozen=True)
@@ -97,26 +21,28 @@ class SteinFlow(Flow):
 
     Here y ~ q and b = -grad dR/dq: Liu and Wang 2016, arXiv 1608.04471, eq. 8. The entropy needs no estimate: by parts
     it became the gradient of the kernel, which drives particles apart. Without an entropy it is the velocity smoothed
-    by the kernel. F falls by the squared kernel Stein discrepancy (Liu 2017, arXiv 1704.07520, theorem 3.4). One
+    by the kernel. F falls by the squared kernel Stein discrepancy (Liu 2017, arXiv 1704.07520). One
     particle goes to a mode.
 
     Args:
         functional: tau * Entropy + R, such as KL(target).
-        kernel: RBF, InverseMultiquadric, Linear, or one's own.
+        kernel: positive definite: Gaussian, InverseMultiquadric, which is slow to decay and sees mass escape (Gorham
+            and Mackey 2017, arXiv 1703.01717), or a function of points (n, d), (m, d) -> (n, m) in torch operations,
+            such as lambda x, y: x @ y.T + 1, by which a flow to a Gaussian keeps every Gaussian one (Liu and Wang
+            2018, arXiv 1810.11693). One without a bandwidth has `median_rule` of the particles of each step.
 
     Raises:
         UserError: the kernel is none; the median rule meets particles that are all in one place.
     """
 
     functional: Functional
-    kernel: SteinKernel = field(default_factory=RBF)
+    kernel: Kernel | Callable[[Tensor, Tensor], Tensor] = field(default_factory=Gaussian)
 
     def __post_init__(self):
-        if not isinstance(self.kernel, SteinKernel):
-            raise UserError(f"kernel is {self.kernel!r}, expected a SteinKernel such as RBF()")
+        object.__setattr__(self, "kernel", kernel_of(self.kernel))
 
     def subject(self):
-        return _Split(self.functional)
+        return split_of(self.functional)
 
     def begin(self, particles):
         return None
@@ -127,58 +53,29 @@ class SteinFlow(Flow):
         return replace(moment, particles=moved, time=moment.time + step_size)
 
 
-@dataclass(frozen=True)
-class _Split(Functional):
-    """A functional whose entropies are fitted only where they are asked for."""
-
-    whole: Functional
-
-    def terms(self):
-        return self.whole.terms()
-
-    def fitted(self, particles, generator=None):
-        parts = (
-            term
-            if isinstance(term.functional, Entropy)
-            else term._replace(functional=term.functional.fitted(particles, generator))
-            for term in self.terms()
-        )
-        return _Split(Sum(tuple(parts)))
-
-    def value(self, particles):
-        return self.whole.fitted(particles).value(particles)
-
-    def velocity(self, particles):
-        return self.whole.fitted(particles).velocity(particles)
-
-    def first_variation(self, particles):
-        return self.whole.fitted(particles).first_variation(particles)
-
-
-def direction(functional: Functional, particles: Tensor, kernel: SteinKernel, at: Tensor | None = None) -> Tensor:
+def direction(functional: Functional, particles: Tensor, kernel: Kernel, at: Tensor | None = None) -> Tensor:
     """phi of `SteinFlow` at the particles (N, *shape), or at other points `at` (n, *shape)."""
     at = particles if at is None else at
     y, x = (points_of(points).to(torch.promote_types(points.dtype, torch.float32)) for points in (particles, at))
-    temperature, rest = 0.0, []
-    for term in functional.terms():
-        if isinstance(term.functional, Entropy):
-            temperature += term.weight
-        else:
-            rest.append(term)
-    forces = Sum(tuple(rest)).velocity(particles).flatten(1).to(y.dtype) if rest else torch.zeros_like(y)
-    kernel = kernel.held(y)
-    rows = [kernel.smoothed(x[part], y, forces, temperature) for part in chunks(len(x), len(y))]
+    split = split_of(functional)
+    forces = split.rest.velocity(particles).flatten(1).to(y.dtype) if split.rest.parts else torch.zeros_like(y)
+    if isinstance(kernel, Scaled) and kernel.bandwidth is None:
+        kernel = replace(kernel, bandwidth=median_rule(y))
+    rows = []
+    for part in chunks(len(x), len(y)):
+        with torch.no_grad():
+            pulled = kernel.matrix(x[part], y) @ forces
+        rows.append(pulled + split.temperature * kernel.slopes_there(x[part], y))
     return (torch.cat(rows) / len(y)).to(at.dtype).view(at.shape)
 
 
-@torch.no_grad()
-def median_bandwidth(points: Tensor) -> float:
-    """h of the median rule for points (N, d), sqrt(median / log N) with log 2 at least; 1 for a single point."""
+def median_rule(points: Tensor) -> float:
+    """The bandwidth h of points (N, d) with 2 h^2 = median_{i<j} |x_i - x_j|^2 / log N; 1 for a single point.
+
+    With it sum_j exp(-|x_i - x_j|^2 / (2 h^2)) is about 1, what x_i itself adds (Liu and Wang 2016, section 5).
+
+    Raises:
+        UserError: the median is 0.
+    """
     number = len(points)
-    if number == 1:
-        return 1.0
-    some = points[:: -(-number // MEDIAN_OF)]
-    squared = float(torch.pdist(some - some.mean(0)).square().median())
-    if not squared > 0:
-        raise UserError(f"most of the {number} particles are all in one place, expected a spread; give the bandwidth")
-    return math.sqrt(squared / math.log(max(number, 2)))
+    return median_distance(points) / math.sqrt(2 * math.log(number)) if number > 1 else 1.0

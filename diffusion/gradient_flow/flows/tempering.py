@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -110,7 +111,7 @@ class Tempered(Flow):
 
     `step_size` of a run is the largest of a Langevin move, in units in which the first particles have variance 1; 1.0
     does. The first particles should be spread over where the target may be, such as normal and wide. Moment.memory is
-    an `Annealing`: only when its `share` is 1 has the target been reached; else take more steps or a larger `loss`.
+    an `Annealing`: only when its `share` is 1 has the target been reached; a run that ends before warns.
 
     Args:
         functional: tau * Entropy + potentials with log-densities, such as KL(log_prob).
@@ -154,8 +155,9 @@ class Tempered(Flow):
         x = target.points(moment.particles)
         if memory.known is None or not torch.equal(memory.known.x, x):
             memory = memory._replace(known=target.ask(x), evaluations=memory.evaluations + 1)
+        origin = None
         if memory.share < 1:
-            memory = self._raised(memory, generator)
+            memory, origin = self._raised(memory, generator)
         draws = Draws(generator)
         if self.jumps and (memory.steps + 1) % self.jumps == 0 and len(x) >= 4:
             known, rate = jumped(memory.known, memory.bridge, memory.share, target.ask, generator)
@@ -164,14 +166,24 @@ class Tempered(Flow):
             memory = _moved(memory, target, min(step_size, memory.step_size), step_size, draws)
         memory = memory._replace(evaluations=memory.evaluations + 1, steps=memory.steps + 1)
         particles = memory.known.x.to(moment.particles.dtype).view(moment.particles.shape)
-        return replace(moment, particles=particles, time=moment.time + step_size, memory=memory)
+        return replace(moment, particles=particles, time=moment.time + step_size, memory=memory, origin=origin)
 
-    def _raised(self, memory: Annealing, generator: torch.Generator | None) -> Annealing:
-        """After birth and death, at a larger share."""
+    def finish(self, moment):
+        share = moment.memory.share
+        if share < 1:
+            warnings.warn(
+                f"annealing ended at the share {share:.3g} of the way to the target after {moment.step} steps: the "
+                f"particles have another law; take more steps, or a loss above {self.loss:g}",
+                stacklevel=3,
+            )
+
+    def _raised(self, memory: Annealing, generator: torch.Generator | None) -> tuple[Annealing, Tensor]:
+        """After birth and death, at a larger share; and of which particle each is a copy (N,)."""
         gain = memory.bridge.gain(memory.known)
         rise = _rise(gain, 1 - memory.share, self.loss)
         share = 1.0 if rise == 1 - memory.share else memory.share + rise
-        return memory._replace(known=memory.known.taken(resampled(rise * gain, generator)), share=share)
+        chosen = resampled(rise * gain, generator)
+        return memory._replace(known=memory.known.taken(chosen), share=share), chosen
 
 
 @dataclass(frozen=True)

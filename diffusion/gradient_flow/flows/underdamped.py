@@ -55,3 +55,6 @@ class Underdamped(Integrator):
         momentum = (1 - fresh) ** 0.5 * momentum + spread * fresh**0.5 * dynamics.normal(x)
         x = x + h / 2 / self.mass * dynamics.root.times(momentum)
         return Stepped(x, Swing(momentum, h))
+
+    def copied(self, memory, origin):
+        return None if memory is None else memory._replace(momentum=memory.momentum[origin])

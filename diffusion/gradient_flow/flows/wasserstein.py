@@ -5,6 +5,7 @@ import warnings
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
@@ -73,8 +74,8 @@ class WassersteinFlow(Flow):
     """Explicit Runge-Kutta steps, or heavy-ball steps, with step-size control.
 
     A step of order 1 is x + h velocity(x). With momentum b it is x + h m, m <- b m + velocity(x) (Polyak 1964). Under
-    control a step that would climb first forgets its momentum (O'Donoghue and Candes 2015, arXiv 1204.3982, sec. 3.2),
-    then is halved; one that climbs at every length leaves the particles where they are, and a warning says so once.
+    control a step that would climb first forgets its momentum (O'Donoghue and Candes 2015, arXiv 1204.3982), then is
+    halved; one that climbs at every length leaves the particles where they are, and a warning says so once.
 
     Args:
         functional: what falls.
@@ -103,7 +104,7 @@ class WassersteinFlow(Flow):
             )
 
     def begin(self, particles):
-        return Pace(1.0, particles.new_zeros(()))
+        return Pace(1.0, torch.zeros_like(particles))
 
     def advance(self, moment, step_size, generator):
         x, functional, pace = moment.particles, moment.functional, moment.memory
@@ -131,6 +132,9 @@ class WassersteinFlow(Flow):
         grown = min(1.0, 2 * scale) if start - value >= self.control.most * h * slope else scale
         memory = Pace(grown, direction, Measured(functional, moved, value), pace.resting)
         return replace(moment, particles=moved, time=moment.time + h, memory=memory)
+
+    def copied(self, memory, origin):
+        return memory._replace(momentum=memory.momentum[origin])
 
     def _moved(self, functional: Functional, x: Tensor, direction: Tensor, h: float) -> Tensor:
         """x after a step whose first slope is `direction`."""
@@ -162,7 +166,7 @@ class WassersteinFlow(Flow):
                 stacklevel=4,
             )
         measured = Measured(moment.functional, moment.particles, start)
-        memory = Pace(scale, v.new_zeros(()), measured, pace.resting + 1)
+        memory = Pace(scale, torch.zeros_like(v), measured, pace.resting + 1)
         return replace(moment, memory=memory)
 
 
