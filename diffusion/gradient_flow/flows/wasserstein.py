@@ -75,7 +75,9 @@ class WassersteinFlow(Flow):
 
     A step of order 1 is x + h velocity(x). With momentum b it is x + h m, m <- b m + velocity(x) (Polyak 1964). Under
     control a step that would climb first forgets its momentum (O'Donoghue and Candes 2015, arXiv 1204.3982), then is
-    halved; one that climbs at every length leaves the particles where they are, and a warning says so once.
+    halved; one that climbs at every length leaves the particles where they are, and a warning says so once. Where a
+    functional is drawn anew for each step, such as by slices in many dimensions, it falls for the draw of each step:
+    what long steps with momentum gain there they lose in the next, so take momentum with short steps only.
 
     Args:
         functional: what falls.
