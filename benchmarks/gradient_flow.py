@@ -117,7 +117,16 @@ def main() -> None:
         print(f"== {part}", flush=True)
         results[part] = PARTS[part]()
         if options.json:
-            options.json.write_text(json.dumps(results, indent=1) + "\n")
+            options.json.write_text(json.dumps(_finite(results), indent=1) + "\n")
+
+
+def _finite(figures: Any) -> Any:
+    """Figures as JSON knows them: None for what is infinite or not known."""
+    if isinstance(figures, dict):
+        return {name: _finite(value) for name, value in figures.items()}
+    if isinstance(figures, list):
+        return [_finite(value) for value in figures]
+    return None if isinstance(figures, float) and not math.isfinite(figures) else figures
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def test_points_are_trained_on_and_drawn(run, tmp_path):
 def test_wandb_gets_the_run_offline_without_asking(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     options = [*TINY, "logger=wandb", "num_samples=60", f"hydra.run.dir={folder}"]
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "train.py", *options],
         cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
