@@ -2,7 +2,8 @@
 
 1. Error (L1, against exact answers) and CPU time from the equation to the density at one time, set-up included: our
    GridSolver and GalerkinSolver, scipy (Scharfetter-Gummel and Crank-Nicolson), fplanck and py-pde where installed;
-   py-pde's compilation is not counted. The solvers take turns, and the least time of each is kept.
+   py-pde's compilation is not counted. The solvers take turns, in another order each time, for what ran before warms
+   the caches; the least time of each is kept.
 2. Orders: the grid's in space and time, the decay of the Galerkin error with the number of functions.
 3. Mass error and least density of every run of ours.
 4. Weak residuals and fits on samples: see weak_form.py. 5. Particles with a learned score: see
@@ -14,6 +15,7 @@ The exact answers are closed forms, or Fourier series solved by dense matrices o
 import argparse
 import json
 import math
+import random
 import time
 import warnings
 from collections.abc import Callable
@@ -71,14 +73,9 @@ def ornstein_uhlenbeck() -> Study:
 
 def double_well() -> Study:
     problem, start = problems.double_well(), normal(-1.0, 0.3)
+    text, domain = (["-4 * x * (x**2 - 1)"], "0.5"), problem.domain
     case = peers.Case(
-        problem.domain,
-        1.0,
-        start,
-        lambda x: (x**2 - 1) ** 2,
-        lambda t, x: [-4 * x * (x**2 - 1)],
-        lambda t: SPREAD,
-        (["-4 * x * (x**2 - 1)"], "0.5"),
+        domain, 1.0, start, lambda x: (x**2 - 1) ** 2, lambda t, x: [-4 * x * (x**2 - 1)], lambda t: SPREAD, text
     )
     return Study(
         problem,
@@ -96,14 +93,9 @@ def variance_preserving() -> Study:
     def beta(t: float) -> float:
         return 0.1 + 19.9 * t
 
+    text = ["-(0.1 + 19.9 * t) * x / 2"], "(0.1 + 19.9 * t) / 2"
     case = peers.Case(
-        problem.domain,
-        horizon,
-        start,
-        None,
-        lambda t, x: [-beta(t) * x / 2],
-        lambda t: beta(t) / 2,
-        (["-(0.1 + 19.9 * t) * x / 2"], "(0.1 + 19.9 * t) / 2"),
+        problem.domain, horizon, start, None, lambda t, x: [-beta(t) * x / 2], lambda t: beta(t) / 2, text
     )
     return Study(
         problem,
@@ -145,8 +137,8 @@ STUDIES = {
 }
 
 
-def methods(study: Study, with_peers: bool) -> dict[str, Callable[[], tuple[peers.Result | None, dict]]]:
-    """Name -> a function that solves anew, set-up included, and returns the density and what else is known."""
+def methods(study: Study, with_peers: bool) -> dict[str, Callable[[], tuple[peers.Result | None, Callable[[], dict]]]]:
+    """Name -> a function that solves anew, set-up included, and returns the density and () -> what else is known."""
     problem, case = study.problem, study.case
     times = [0.0, problem.horizon]
     found: dict[str, Callable] = {}
@@ -155,33 +147,34 @@ def methods(study: Study, with_peers: bool) -> dict[str, Callable[[], tuple[peer
         equation = FokkerPlanck(problem.equation._drift, problem.equation._diffusion)
         solution = GridSolver(equation, problem.domain, cells).solve(problem.start, times)
         axes = [axis.numpy() for axis in solution.grid]
-        facts = {"mass_error": float(solution.mass_error.max()), "least": float(solution.density.min())}
-        return peers.Result(axes, solution.density[-1].numpy()), facts
+        return peers.Result(axes, solution.density[-1].numpy()), lambda: {
+            "mass_error": float(solution.mass_error.max()),
+            "least": float(solution.density.min()),
+        }
 
     def galerkin():
         solver = study.galerkin()
         solution = solver.solve(problem.start, times)
-        facts = {
+        return solution, lambda: {
             "mass_error": float(solution.mass_error.max()),
             "least": float(solution.most_negative.min()),
             "unknowns": int(np.prod(solver.product.shape)),
         }
-        return solution, facts
 
     for cells in study.sizes:
         found[f"grid, n = {cells}"] = lambda cells=cells: grid(cells)
         for steps in (cells // 8, cells // 4, cells // 2):
             found[f"scipy, n = {cells}, {steps} steps"] = lambda cells=cells, steps=steps: (
                 peers.crank_nicolson(case, cells, steps),
-                {},
+                dict,
             )
     found["galerkin"] = galerkin
     flat = len(case.domain) == 1
     if with_peers and find_spec("fplanck") and case.potential is not None:
-        found[f"fplanck, n = {256 if flat else 64}"] = lambda: (peers.fplanck(case, 256 if flat else 64), {})
+        found[f"fplanck, n = {256 if flat else 64}"] = lambda: (peers.fplanck(case, 256 if flat else 64), dict)
     if with_peers and find_spec("pde") and flat:
         solve = peers.py_pde(case, 256)
-        found["py-pde, n = 256"] = lambda: (solve(), {})
+        found["py-pde, n = 256"] = lambda: (solve(), dict)
     return found
 
 
@@ -191,7 +184,7 @@ def compare(name: str, turns: int, with_peers: bool) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {}
     results = {}
     for turn in range(turns + 1):
-        for label, solve in choices.items():
+        for label, solve in random.Random(turn).sample(list(choices.items()), len(choices)):
             if turn > 2 and max(seconds[label]) > 2:
                 continue  # slow ones are not repeated for long
             began = time.process_time()
@@ -202,7 +195,7 @@ def compare(name: str, turns: int, with_peers: bool) -> list[dict[str, Any]]:
     for label, (result, facts) in results.items():
         error = galerkin_error(result, study.exact) if label == "galerkin" else peers.l1_error(result, study.exact)
         rows.append(
-            {"problem": name, "method": label, "error": error, "milliseconds": 1e3 * min(seconds[label]), **facts}
+            {"problem": name, "method": label, "error": error, "milliseconds": 1e3 * min(seconds[label]), **facts()}
         )
     for row in sorted(rows, key=lambda row: row["error"]):
         extra = "".join(f"  {key} {row[key]:.2g}" for key in ("mass_error", "least", "unknowns") if key in row)

@@ -87,6 +87,11 @@ class Box:
         return self._tensor(self.widths)
 
     @cached_property
+    def steps(self) -> Tensor:
+        """(d, d), to the next cell along each coordinate."""
+        return self.spacing.diag()
+
+    @cached_property
     def axes(self) -> tuple[Tensor, ...]:
         """The centres along each coordinate."""
         return tuple(
@@ -97,7 +102,7 @@ class Box:
     @cached_property
     def centres(self) -> Tensor:
         """(n, d)."""
-        return torch.stack(torch.meshgrid(*self.axes, indexing="ij"), -1).reshape(-1, self.dim)
+        return torch.cartesian_prod(*self.axes).reshape(-1, self.dim)
 
     def wrapped(self, x: Tensor) -> Tensor:
         """Points (..., d), those beyond a periodic face moved to where they come in again."""
@@ -107,14 +112,18 @@ class Box:
         periodic = torch.tensor([word == "periodic" for word in self.boundary], device=self.device)
         return torch.where(periodic, low + torch.remainder(x - low, high - low), x)
 
+    def along(self, cells: Tensor, steps: Tensor) -> Tensor:
+        """Points (m P, d) away from the centres of m cells by `steps` (P, d), or (m, P, d)."""
+        return self.wrapped(self.centres[cells][:, None] + steps).reshape(-1, self.dim)
+
     def averages(self, log_prob) -> Tensor:
         """Means (n,) over the cells of the density exp(log_prob(x)), by Gauss and Legendre's rule."""
         places, shares = map(self._tensor, cell_rule(self.dim))
-        total = torch.zeros(self.number, dtype=torch.float64, device=self.device)
         many = max(1, AT_ONCE // self.number)
-        for some, share in zip(places.split(many), shares.split(many), strict=True):
-            at = (self.centres + self.spacing * some[:, None]).reshape(-1, self.dim)
-            total += share @ log_prob(at).to(total).exp().reshape(len(some), -1)
+        total = 0.0
+        for steps, share in zip((self.spacing * places)[:, None].split(many), shares.split(many), strict=True):
+            values = log_prob((self.centres + steps).reshape(-1, self.dim)).detach().to(share).exp()
+            total = total + share @ values.reshape(len(steps), -1)
         return total
 
     def neighbours(self, offset: tuple[int, ...]) -> Neighbours:

@@ -177,7 +177,7 @@ class FokkerPlanck:
     def looks_at_time(self, x: Tensor) -> bool:
         """Whether drift or diffusion, asked at `x` (B, d), do anything with the time; if not, it never matters there.
 
-        They are called with a time that has no numbers.
+        They are called with a time that has no numbers; if they do without, none need ask what kind of time they want.
         """
         before = _Unread.looks
         t = Tensor._make_wrapper_subclass(_Unread, (len(x),), dtype=x.dtype, device=x.device)
@@ -186,7 +186,10 @@ class FokkerPlanck:
             (self._covariance or self._diffusion)(x, t)
         except Exception:
             return True
-        return _Unread.looks > before
+        if _Unread.looks > before:
+            return True
+        self._of_number = dict.fromkeys(("drift", "diffusion", "covariance"), False)
+        return False
 
     def velocity(self, x: Tensor, t: Tensor | float, score: Tensor) -> Tensor:
         """That of the probability-flow ODE (B, d), which has the same densities: f - 1/2 div a - 1/2 a grad log p.
@@ -249,7 +252,7 @@ class FokkerPlanck:
 
     def _takes_number(self, name: str, function: Function, x: Tensor, t: Tensor) -> bool:
         """Whether the function wants the time as one number: asked with a number of points that is no dimension."""
-        probe, reasons = x[:1].detach().repeat(x.shape[1] + 2, 1), []
+        probe, reasons = torch.cat([x[:1].detach()] * (x.shape[1] + 2)), []
         for of_number in (False, True):
             try:
                 self._checked(name, function(probe, t if of_number else t.expand(len(probe))), probe)

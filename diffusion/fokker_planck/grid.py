@@ -1,5 +1,6 @@
 """The density on a grid of cells, in 1, 2 or 3 dimensions, by conservative finite volumes with fitted exponentials."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,10 +107,10 @@ class GridSolver:
             UserError: more than `lost` of its mass is outside the domain, or it is too narrow for the cells.
         """
         values = self.box.averages(law.log_prob)
-        if not bool(torch.isfinite(values).all()):
+        mass = float(values.sum()) * self.box.volume
+        if not math.isfinite(mass):
             bad = int((~torch.isfinite(values)).nonzero()[0, 0])
             raise UserError(f"the density at the start is not finite near x={self.box.centres[bad].tolist()}")
-        mass = float(values.sum()) * self.box.volume
         if abs(mass - 1) > lost:
             raise UserError(
                 f"the density at the start has the mass {mass:.8g} on the domain, expected 1 to {lost:.1g}: "
@@ -145,7 +146,7 @@ class GridSolver:
             state = torch.cat([state, state.new_zeros(number, 1)], 1)
         mass = state.sum(1)
         states, taken, error, ledger = state[None], 0, 0.0, Ledger()
-        rates = RatesInTime(self.equation, box, times[0], jumps_at(self.equation, box, times[0]), ledger)
+        rates = RatesInTime(self.equation, box, times[0], ledger)
         if len(times) > 1:
             states, taken, error = evolve(
                 rates.mean,

@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
+from scipy.linalg import block_diag
 from scipy.linalg.lapack import zgtsv
 from scipy.special import ive
 from torch import Tensor
@@ -19,6 +21,7 @@ CHECKED_EVERY = 8  # terms
 FEW_JUMPS = 64  # for which uniformisation is as cheap as the series
 CHUNK = 256.0  # jumps by uniformisation, before the series is tried again
 POLES = 28, 24  # of the rational approximation, and of the one that it is compared with
+BATCH = 64  # states for which all poles are taken at once
 AGREEMENT = 1e-11  # of the two, relative to the mass; the finer is better by two digits, unless rounding is reached
 
 
@@ -48,13 +51,10 @@ class JumpProcess:
         n = self.number = box.number
         self.absorbing = "absorbing" in box.boundary
         self.bands: dict[int, tuple[Tensor, Tensor]] = {}
-        for e, (forward, backward) in jumps.rates.items():
+        for e, rates in jumps.rates.items():
             for shift, mask in box.neighbours(e).shifts:
-                size = abs(shift)
-                if shift > 0:
-                    up, down = ((rate * mask)[: n - size] for rate in (forward, backward))
-                else:
-                    up, down = ((rate * mask)[size:] for rate in (backward, forward))
+                size, moved = abs(shift), rates * mask
+                up, down = moved[:, : n - size] if shift > 0 else moved[:, size:].flip(0)
                 if size in self.bands:
                     up, down = self.bands[size][0] + up, self.bands[size][1] + down
                 self.bands[size] = up, down
@@ -123,25 +123,23 @@ class JumpProcess:
         Both are scaled to the mass before they are compared. Beside the agreement they are allowed a rounding for each
         jump: so far does a last digit of the rates move the answer.
         """
-        up, down = (duration * rates.numpy().astype(complex) for rates in self.bands[1])
+        (up, down), n = self.bands[1], self.number
         diagonal, lost = -duration * self.exit.numpy(), duration * self.jumps.lost.numpy()
-        start = state.numpy()[:, : self.number].T.astype(complex)
-        results, masses = [], []
-        for number in POLES:
-            total, integral = np.zeros(start.shape), np.zeros(start.shape)
-            for z, w in zip(*talbot(number), strict=True):
-                found = zgtsv(up, diagonal - z, down, start, overwrite_d=True)[3].reshape(start.shape)
-                total += (w * found).real
-                if self.absorbing:
-                    integral += (w / z * found).real
-            following = np.vstack([total, state.numpy()[:, self.number :].T + lost @ integral][: 1 + self.absorbing])
-            with np.errstate(all="ignore"):
-                results.append(following / following.sum(0))
-                masses.append(following.sum(0))
-        gap = np.abs(results[0] - results[1]).sum(0)
+        poles, weights = _rules(self.absorbing)
+        values, parts = state.numpy(), []
+        for start in np.array_split(values[:, :n].T, math.ceil(len(values) / BATCH), 1):
+            found = _resolvents(poles, duration * up.numpy(), diagonal, duration * down.numpy(), start)
+            parts.append((weights @ found.reshape(len(poles), -1)).real.reshape(len(weights), *start.shape))
+        results = np.concatenate(parts, 2) if len(parts) > 1 else parts[0]
+        if self.absorbing:
+            absorbed = values[:, n] + lost @ results[len(POLES) :]
+            results = np.concatenate([results[: len(POLES)], absorbed[:, None]], 1)
+        mass = results.sum(1, keepdims=True)
+        with np.errstate(all="ignore"):
+            gap = np.abs(np.subtract(*(results / mass))).sum(0)
         if not (gap <= AGREEMENT + np.finfo(float).eps * self.rate * duration).all():
             return None
-        return torch.from_numpy(np.ascontiguousarray((results[0] * masses[0]).T))
+        return torch.from_numpy(np.ascontiguousarray(results[0].T))
 
     def _series(self, state: Tensor, duration: float) -> tuple[Tensor | None, float]:
         """The sum of I_k(z) T_k(1 + A / rate), z = rate duration, and the longest step that is possible.
@@ -180,3 +178,21 @@ class JumpProcess:
                 if weights[k] * growth < NEGLIGIBLE:
                     return total, possible
         return None, possible
+
+
+@lru_cache
+def _rules(integrals: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The poles z of all the rules, and weights w of each; with integrals also w / z."""
+    rules = [talbot(number) for number in POLES]
+    poles, weights = np.concatenate([z for z, _ in rules]), block_diag(*(w for _, w in rules))
+    return poles, np.vstack([weights, weights / poles]) if integrals else weights
+
+
+def _resolvents(z: np.ndarray, up: np.ndarray, diagonal: np.ndarray, down: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """(A - z)^-1 start, (poles, n, B), for a tridiagonal A: one system, of a block for each pole."""
+    blocks = np.zeros((3, len(z), len(diagonal)), complex)
+    blocks[0, :, :-1], blocks[1], blocks[2, :, :-1] = up, diagonal - z[:, None], down
+    low, middle, high = blocks.reshape(3, -1)
+    known = np.tile(start.astype(complex), (len(z), 1))
+    found = zgtsv(low[:-1], middle, high[:-1], known, overwrite_dl=1, overwrite_d=1, overwrite_du=1, overwrite_b=1)[3]
+    return found.reshape(len(z), *start.shape)

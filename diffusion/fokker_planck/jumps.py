@@ -58,7 +58,7 @@ def mean_jumps(weights: Sequence[float], parts: Sequence[Jumps]) -> Jumps:
     return Jumps(rates, lost, sum(weight * part.way for weight, part in zip(weights, parts, strict=True)))
 
 
-def jumps_at(equation: FokkerPlanck, box: Box, time: float) -> Jumps:
+def jumps_at(equation: FokkerPlanck, box: Box, time: float, stacklevel: int = 2) -> Jumps:
     """The rates at one time.
 
     Warns:
@@ -67,7 +67,7 @@ def jumps_at(equation: FokkerPlanck, box: Box, time: float) -> Jumps:
     a = equation.covariance(box.centres, time)
     if a.dim() == 3 and not bool((a - torch.diag_embed(a.diagonal(dim1=1, dim2=2))).any()):
         a = a.diagonal(dim1=1, dim2=2)
-    lines = _Matrix(equation, box, time, a) if a.dim() == 3 else _Axes(equation, box, time, a)
+    lines = _Matrix(equation, box, time, a, stacklevel + 1) if a.dim() == 3 else _Axes(equation, box, time, a)
     rates: dict[Offset, Tensor] = {}
     lost = torch.zeros(box.number, dtype=torch.float64, device=box.device)
     way = torch.zeros(box.dim, box.number, dtype=torch.float64, device=box.device)
@@ -76,12 +76,12 @@ def jumps_at(equation: FokkerPlanck, box: Box, time: float) -> Jumps:
         here = found.inside.nonzero()[:, 0]
         rates[e] = torch.zeros(2, box.number, dtype=torch.float64, device=box.device)
         if len(here):
-            rates[e][:, here] = lines.between(e, here, found.target[here])
+            rates[e].index_copy_(1, here, lines.between(e, here, found.target[here]).detach())
         for sign in (1, -1) if "absorbing" in box.boundary else ():
             signed = tuple(sign * step for step in e)
             out = box.neighbours(signed)
             if len(out.lost):
-                leaving = lines.leaving(e, sign, out.lost, out.fraction)
+                leaving = lines.leaving(e, sign, out.lost, out.fraction).detach()
                 lost[out.lost] += leaving
                 vector = box.spacing * torch.tensor(signed, dtype=torch.float64, device=box.device)
                 way[:, out.lost] += vector[:, None] * (leaving * out.fraction)
@@ -90,13 +90,13 @@ def jumps_at(equation: FokkerPlanck, box: Box, time: float) -> Jumps:
 
 def bernoulli(w: Tensor) -> Tensor:
     """w / (exp(w) - 1), which is 1 at 0."""
-    w = torch.where(w == 0, TINY, w)
-    return w / torch.expm1(w)
+    size = w.abs().clamp_min(TINY)
+    return size / torch.expm1(size) - w.clamp_max(0)
 
 
 def both_ways(w: Tensor) -> Tensor:
-    """bernoulli(-w) and bernoulli(w), (2, m), by bernoulli(-w) = bernoulli(w) + w."""
-    return bernoulli(w.abs()) + torch.stack([w, -w]).clamp_min(0)
+    """bernoulli(-w) and bernoulli(w), (2, m)."""
+    return bernoulli(torch.stack([-w, w]))
 
 
 class _Axes:
@@ -104,7 +104,7 @@ class _Axes:
 
     def __init__(self, equation: FokkerPlanck, box: Box, time: float, a: Tensor):
         self.equation, self.box, self.time = equation, box, time
-        self.half = a.reshape(box.number, -1).expand(-1, box.dim) / 2
+        self.half = self._half(a)
         self.offsets = [tuple(int(i == j) for j in range(box.dim)) for i in range(box.dim)]
 
     def between(self, e: Offset, start: Tensor, stop: Tensor) -> Tensor:
@@ -129,26 +129,26 @@ class _Axes:
     def _line(self, start: Tensor, axis: int, step: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
         """The increase of phi, the mean of exp(-phi) over that of a straight phi, and the harmonic mean of D."""
         nodes, weights, integrals = line_rule(POINTS, self.box.device)
-        x = self.box.centres[start][:, None].repeat(1, POINTS, 1)
-        x[..., axis] += step * nodes * self.box.widths[axis]
-        x = self.box.wrapped(x).reshape(-1, self.box.dim)
-        a = self.equation.covariance(x, self.time)
-        if a.dim() == 3:
-            a = a.diagonal(dim1=1, dim2=2)
-        d = a.reshape(len(x), -1).expand(-1, self.box.dim)[:, axis].reshape(-1, POINTS) / 2
+        x = self.box.along(start, (step * nodes)[..., None] * self.box.steps[axis])
+        d = self._half(self.equation.covariance(x, self.time))[:, axis].reshape(-1, POINTS)
         way = self.equation.drift(x, self.time)[:, axis].reshape(-1, POINTS) * (step * self.box.widths[axis])
         d = torch.maximum(d, way.abs().amax(1, keepdim=True) / STEEPEST + TINY)
         slope = way / d
         w, phi = slope @ weights, slope @ integrals.T
-        least = phi.amin(1, keepdim=True)
-        bent, straight = ((least - values).exp() @ weights for values in (phi, w[:, None] * nodes))
+        both = torch.stack([phi, w[:, None] * nodes])
+        bent, straight = (phi.amin(1, keepdim=True) - both).exp() @ weights
         return w, (bent / straight).clamp(0.5, 2.0), 1 / (d.reciprocal() @ weights)
+
+    def _half(self, a: Tensor) -> Tensor:
+        """D (m, d) of a covariance."""
+        a = a.diagonal(dim1=1, dim2=2) if a.dim() == 3 else a
+        return a.reshape(len(a), -1).expand(-1, self.box.dim) / 2
 
 
 class _Matrix:
     """A full matrix `a` (n, d, d), split into lines by Selling's decomposition."""
 
-    def __init__(self, equation: FokkerPlanck, box: Box, time: float, a: Tensor):
+    def __init__(self, equation: FokkerPlanck, box: Box, time: float, a: Tensor, stacklevel: int):
         self.equation, self.box, self.time = equation, box, time
         self.constant = bool((a == a[:1]).all())
         a = a[:1] if self.constant else a
@@ -158,7 +158,7 @@ class _Matrix:
             warnings.warn(
                 f"the noise is nearly confined to a line or plane, up to {share:.2g} of its largest eigenvalue was "
                 "added in the other directions; more equal cells, or coordinates along the noise, would need less",
-                stacklevel=4,
+                stacklevel=stacklevel + 1,
             )
         self.weights = selling(floored)
         self.offsets = list(self.weights)
@@ -190,8 +190,7 @@ class _Matrix:
         """The increase of psi (m,): the integral of D^-1 (f - 1/2 div a) along the line."""
         nodes, weights, _ = line_rule(POINTS, self.box.device)
         vector = torch.tensor(e, dtype=torch.float64, device=self.box.device)
-        steps = (step * nodes).expand(len(start), POINTS)[..., None] * vector
-        x = self.box.wrapped(self.box.centres[start][:, None] + steps * self.box.spacing).reshape(-1, self.box.dim)
+        x = self.box.along(start, (step * nodes)[..., None] * vector * self.box.spacing)
         flow = self.equation.drift(x, self.time)
         if self.constant:
             inverse = self.inverse.expand(len(x), -1, -1)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -49,20 +50,29 @@ class GaussianMixture:
         gaps = self.means - self.mean
         return torch.einsum("k,kij->ij", self.weights, self.covariances + gaps[:, :, None] * gaps[:, None])
 
+    @cached_property
+    def _roots(self) -> Tensor:
+        """(K, d, d), of Cholesky."""
+        return torch.linalg.cholesky(self.covariances)
+
+    @cached_property
+    def _log_heights(self) -> Tensor:
+        """(K,), of the weighted densities at their means."""
+        scales = self._roots.diagonal(dim1=1, dim2=2).log().sum(1) + self.dim * math.log(math.tau) / 2
+        return self.weights.log() - scales
+
     def log_prob(self, x: Tensor) -> Tensor:
         if x.shape[1] != self.dim:
             raise UserError(f"points have shape {tuple(x.shape)}, expected (N, {self.dim})")
-        roots = torch.linalg.cholesky(self.covariances.to(x))
-        gaps = (x[:, None] - self.means.to(x)).permute(1, 2, 0)
-        distances = torch.linalg.solve_triangular(roots, gaps, upper=False).square().sum(1)
-        scales = roots.diagonal(dim1=1, dim2=2).log().sum(1) + self.dim * math.log(math.tau) / 2
-        return (self.weights.to(x).log() - scales - distances.T / 2).logsumexp(1)
+        gaps = x.T - self.means.to(x)[:, :, None]
+        distances = torch.linalg.solve_triangular(self._roots.to(x), gaps, upper=False).square().sum(1)
+        logs = self._log_heights.to(x)[:, None] - distances / 2
+        return logs.logsumexp(0) if len(logs) > 1 else logs[0]
 
     def sample(self, number: int, generator: torch.Generator | None = None) -> Tensor:
         part = torch.multinomial(self.weights, number, replacement=True, generator=generator)
         noise = torch.randn(number, self.dim, generator=generator, dtype=self.means.dtype)
-        roots = torch.linalg.cholesky(self.covariances)[part]
-        return self.means[part] + (roots @ noise[:, :, None])[:, :, 0]
+        return self.means[part] + (self._roots[part] @ noise[:, :, None])[:, :, 0]
 
     def moved(self, matrix: Tensor, added: Tensor) -> "GaussianMixture":
         """The law of `matrix` x + z, with z a Gaussian of covariance `added` (d, d)."""

@@ -105,9 +105,9 @@ def warn_if_coarse(box: Box, each: list[tuple[Jumps, Tensor]], stacklevel: int) 
     """
     factors, worst = [1.0] * box.dim, 0.0
     for jumps, mass in each:
-        steep = steepness(box, jumps)
-        if not bool((steep > STEEP).any()):
+        if not any(bool((pair.amax(0) > math.exp(STEEP) * pair.amin(0)).any()) for pair in jumps.rates.values()):
             continue
+        steep = steepness(box, jumps)
         shares = mass / mass.sum(1, keepdim=True).clamp_min(SMALLEST)
         for axis, change in enumerate(steep):
             beyond = (shares @ (change > STEEP).to(shares)).max()

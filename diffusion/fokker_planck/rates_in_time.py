@@ -20,18 +20,18 @@ class RatesInTime:
     """The rates of the jumps at any time, and the generators of their means.
 
     Args:
-        start: a time, at which the rates are `first`.
+        start: a time.
         ledger: what all generators note together.
 
     Attributes:
         changing: whether the equation looks at the time; if not, it is never asked again.
+        first: the rates at the start.
     """
 
-    def __init__(self, equation: FokkerPlanck, box: Box, start: float, first: Jumps, ledger: Ledger | None = None):
-        self.equation, self.box, self.start, self.first, self.ledger = equation, box, start, first, ledger
+    def __init__(self, equation: FokkerPlanck, box: Box, start: float, ledger: Ledger | None = None):
+        self.equation, self.box, self.start, self.ledger = equation, box, start, ledger
         self.changing = equation.looks_at_time(box.centres)
-        self._square = box.spacing[:, None] * box.spacing
-        self._per_square = box.spacing.square().reciprocal().diag()
+        self.first = jumps_at(equation, box, start, stacklevel=3)
 
     def at(self, time: float) -> Jumps:
         if not self.changing or time == self.start:
@@ -45,10 +45,16 @@ class RatesInTime:
 
     def coefficients(self, time: float) -> Tensor:
         """Drift and covariance at the centres, in cells and squares of cells per unit of time, in one row."""
-        drift = self.equation.drift(self.box.centres, time) / self.box.spacing
+        spacing = self.box.spacing
+        drift = self.equation.drift(self.box.centres, time) / spacing
         a = self.equation.covariance(self.box.centres, time)
-        a = a / self._square if a.dim() == 3 else a.reshape(self.box.number, -1, 1) * self._per_square
-        return torch.cat([drift.reshape(-1), a.reshape(-1)])
+        a = a / (spacing[:, None] * spacing) if a.dim() == 3 else a.reshape(len(a), -1, 1) * self._per_square
+        return torch.cat([drift.reshape(-1), a.reshape(-1)]).detach()
+
+    @cached_property
+    def _per_square(self) -> Tensor:
+        """(d, d)."""
+        return self.box.spacing.square().reciprocal().diag()
 
     @cached_property
     def _at_start(self) -> Tensor:

@@ -86,6 +86,16 @@ def test_grid_too_coarse_for_the_drift():
         GridSolver(problem.equation, problem.domain, int(0.6 * needed)).solve(problem.start, [0.0, 1.0])
 
 
+@pytest.mark.parametrize("push", [3.9, 4.1])
+def test_grid_a_little_too_coarse(push):
+    """The log density at rest changes by half the push from one cell to the next; 2 is the limit."""
+    grid = GridSolver(FokkerPlanck(lambda x, t: push + 0 * x, math.sqrt(2)), [(-6.0, 6.0)], 24)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        grid.solve(problems.gaussian([-1.0], 0.8), [0.0, 0.1])
+    assert ["too coarse" in str(warning.message) for warning in caught] == [True] * (push > 4)
+
+
 def test_steps_too_coarse_for_the_tolerance():
     equation = FokkerPlanck(lambda x, t: 3 * (4 * t)[:, None].sin() - x, lambda x, t: 1.0)
     with pytest.warns(UserWarning, match="3 steps between times are too coarse"):
@@ -108,8 +118,9 @@ def test_noise_along_a_line_is_named():
     g = torch.tensor([[1.0, 0.0], [0.61, 0.0]], dtype=torch.float64)
     equation = FokkerPlanck(lambda x, t: -x, lambda x, t: g.expand(len(x), -1, -1))
     grid = GridSolver(equation, ((-5, 5), (-5, 5)), 32)
-    with pytest.warns(UserWarning, match=r"confined to a line .* 0\.001 of its largest"):
+    with pytest.warns(UserWarning, match=r"confined to a line .* 0\.001 of its largest") as caught:
         result = grid.solve(problems.gaussian([0.0, 0.0], 0.7), [0.0, 0.5])
+    assert caught[0].filename == __file__
     assert float(result.density.min()) >= 0 and float(result.mass_error.max()) < 1e-12
 
 

@@ -10,7 +10,7 @@ from diffusion.fokker_planck import FokkerPlanck, problems
 from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.evolution import talbot
 from diffusion.fokker_planck.grid import GridSolver
-from diffusion.fokker_planck.jump_process import JumpProcess
+from diffusion.fokker_planck.jump_process import BATCH, JumpProcess
 from diffusion.fokker_planck.jumps import jumps_at
 from diffusion.fokker_planck.laws import GaussianMixture, gaussian
 
@@ -93,6 +93,17 @@ def test_series_and_poles_agree(name):
     series = process.advance(state, duration)
     assert float((found - series).abs().sum() / state.sum()) < 2e-11  # the growth of the terms costs the series digits
     assert not torch.equal(found, series)
+
+
+@pytest.mark.parametrize("name", ["ou", "ratchet_absorbing"])
+def test_batches_go_in_parts(name):
+    *line, duration, _, _ = CASES[name]
+    process = chain(*line)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.rand(BATCH + 6, starts(process, 0.5).shape[1], generator=generator, dtype=torch.float64)
+    found = process.advance(states, duration)
+    alone = torch.cat([process.advance(state[None], duration) for state in states])
+    torch.testing.assert_close(found, alone, rtol=1e-13, atol=1e-15)
 
 
 def test_poles_are_for_lines_with_ends_only():

@@ -8,6 +8,7 @@ from grid_problems import bent_noise, sheared
 
 from diffusion.fokker_planck import FokkerPlanck, problems
 from diffusion.fokker_planck.grid import GridSolver
+from diffusion.fokker_planck.laws import GaussianMixture, gaussian
 
 PROBLEMS = {
     "ou": (problems.ornstein_uhlenbeck(), 64),
@@ -164,3 +165,22 @@ def test_kinetic_equation():
         exact = law.log_prob(grid.box.centres).exp().reshape(cells, cells)
         errors.append(float((density - exact).abs().sum()) * grid.box.volume)
     assert errors[0] < 0.2 and math.log2(errors[0] / errors[1]) > 0.8
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("boundary", ["reflecting", "absorbing"])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_networks_with_parameters(dim, boundary):
+    """A drift, a noise and a law that carry gradients are solved like those without."""
+    layer, noise = (torch.nn.Parameter(torch.eye(dim, dtype=torch.float64) + 0.2 * more) for more in (0, 1))
+    start = gaussian(0.5, 0.6, dim)
+    learned = GaussianMixture(start.weights, torch.nn.Parameter(start.means), start.covariances)
+    found = []
+    for weight, g, law in ((layer, noise, learned), (layer.detach(), noise.detach(), start)):
+        equation = FokkerPlanck(
+            lambda x, t, w=weight: (1 + t)[:, None] * (x @ w.T - 2 * x),
+            lambda x, t, g=g: (1 + t).sqrt()[:, None, None] * g,
+        )
+        grid = GridSolver(equation, [(-6.0, 6.0)] * dim, 48, boundary)
+        found.append(grid.solve(law, [0.0, 0.5]).density)
+    assert not found[0].requires_grad and torch.equal(*found)

@@ -60,14 +60,25 @@ class Counted:
 
 
 def test_how_often_an_equation_is_asked():
-    """Once for its kind, once for its rates, once for whether it looks at the time; on lines the noise once more."""
+    """Once for its rates, once for whether it looks at the time, then once for how; on lines the noise once more."""
     drift, noise = Counted(lambda x, t: -x), Counted(lambda x, t: x[:, 0] * 0 + 1)
     GridSolver(FokkerPlanck(drift, noise), [(-6.0, 6.0)], 64).solve(gaussian(0.5, 0.5), [0.0, 0.3, 1.0])
-    assert (drift.calls, noise.calls) == (3, 4)
+    assert (drift.calls, noise.calls) == (2, 3)
     problem = problems.variance_preserving(horizon=0.3)
     drift, noise = Counted(problem.equation._drift), Counted(problem.equation._diffusion)
     found = GridSolver(FokkerPlanck(drift, noise), problem.domain, 64).solve(problem.start, [0.0, 0.3])
     assert found.steps == 1 and drift.calls <= 48 and noise.calls <= 48
+
+
+@pytest.mark.parametrize("noise", [lambda x, t: 1.0, lambda x, t: 1.0 + t * 0], ids=["still", "looking"])
+def test_functions_of_one_number_are_asked_as_they_want(noise):
+    equation = FokkerPlanck(lambda x, t: -(1.0 + t) * x, noise)
+    other = FokkerPlanck(lambda x, t: -(1.0 + t)[:, None] * x, 1.0)
+    found, same = (
+        GridSolver(each, [(-6.0, 6.0)], 64).solve(gaussian(0.5, 0.5), [0.0, 0.3], tolerance=0.01).density
+        for each in (equation, other)
+    )
+    torch.testing.assert_close(found, same, rtol=0, atol=1e-13)
 
 
 MOVING = {
@@ -87,9 +98,11 @@ def test_rates_at_a_time_and_their_means(name, boundary, monkeypatch):
     equation, box = FokkerPlanck(drift, noise), Box([(-3.0, 3.0)], 24, boundary)
     asked = []
     monkeypatch.setattr(
-        "diffusion.fokker_planck.rates_in_time.jumps_at", lambda *known: asked.append(known) or jumps_at(*known)
+        "diffusion.fokker_planck.rates_in_time.jumps_at",
+        lambda *known, **options: asked.append(known) or jumps_at(*known, **options),
     )
-    rates = RatesInTime(equation, box, 0.0, jumps_at(equation, box, 0.0))
+    rates = RatesInTime(equation, box, 0.0)
+    assert asked.pop()[2] == 0.0 and not asked
     for time in (0.0, 0.4):
         found, exact = rates.at(time), jumps_at(equation, box, time)
         torch.testing.assert_close(found.rates[(1,)], exact.rates[(1,)], rtol=1e-12, atol=0)
@@ -111,7 +124,7 @@ def test_coefficients_of_all_kinds_of_noise_agree():
         lambda x, t: (1 + t)[:, None, None] * torch.eye(2).to(x),
     ):
         equation = FokkerPlanck(lambda x, t: -x, noise)
-        found.append(RatesInTime(equation, box, 0.0, jumps_at(equation, box, 0.0)).coefficients(0.5))
+        found.append(RatesInTime(equation, box, 0.0).coefficients(0.5))
     drift, square = found[0][:40].reshape(20, 2), found[0][40:].reshape(20, 2, 2)
     torch.testing.assert_close(drift, -box.centres / torch.tensor([0.5, 0.8]).double())
     torch.testing.assert_close(square[7], torch.tensor([1.5 / 0.5, 1.5 / 0.8]).double().square().diag())
