@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,13 @@ from diffusion.errors import UserError
 from diffusion.gradient_flow.functionals.base import Functional
 from diffusion.gradient_flow.one_step import OneStepGenerator
 from diffusion.objectives import Batch
+
+
+class Sample(NamedTuple):
+    """phi of points (M, *k), and their classes (M,), if there are any."""
+
+    phi: Tensor
+    label: Tensor | None
 
 
 class Chase:
@@ -41,7 +49,7 @@ class Chase:
             value, or a costly one. The gradient is the same; the test loss, by which a trainer knows its best
             checkpoint, is not.
         label_dropout: share of particles of a conditional generator whose class is hidden; their functional is that of
-            the whole batch, the others' that of their class.
+            the whole batch, the others' that of their class. Second samples are told what their particles are.
 
     Raises:
         UserError: an option is out of its range, or the generator is not a OneStepGenerator.
@@ -81,8 +89,9 @@ class Chase:
         phi = self.features(self._draw(network, batch, label, number))
         here = phi.detach()
         with torch.no_grad():
-            others = self._others(network, batch)
-            velocity, value = self._downhill(here, label, self.features(batch.x), batch.label, others, batch.generator)
+            others = self._others(network, batch, label)
+            data = Sample(self.features(batch.x), batch.label)
+            velocity, value = self._downhill(here, label, data, others, batch.generator)
         error = (phi - (here + self.step * velocity)).square()
         return error - error.detach() + value if self.log_value else error
 
@@ -98,30 +107,35 @@ class Chase:
         chance = torch.rand(number, generator=batch.generator, device=batch.generator.device)
         return label.where(chance.to(batch.x.device) >= self.label_dropout, self.num_classes)
 
-    def _others(self, network: nn.Module, batch: Batch) -> Tensor | None:
-        """phi of the second sample, one particle for each point of the batch, of its class."""
+    def _others(self, network: nn.Module, batch: Batch, label: Tensor | None) -> Sample | None:
+        """phi of the second sample, one particle for each point of the batch, of its class; then as many whose class is
+        hidden, if that of some particles is."""
         if not self.debias:
             return None
-        return self.features(self._draw(network, batch, batch.label if self.num_classes else None, len(batch.x)))
+        number, told = len(batch.x), None
+        if label is not None:
+            told = batch.label
+            if (label == self.num_classes).any():
+                number, told = 2 * number, torch.cat([told, torch.full_like(told, self.num_classes)])
+        return Sample(self.features(self._draw(network, batch, told, number)), told)
 
     def _downhill(
         self,
         x: Tensor,
         label: Tensor | None,
-        data: Tensor,
-        classes: Tensor | None,
-        others: Tensor | None,
+        data: Sample,
+        others: Sample | None,
         randomness: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """The velocity and, with log_value, the value: of particles of classes, the mean of those of each class."""
         if label is None:
-            return self._towards(x, data, others, randomness)
+            return self._towards(x, data.phi, others.phi if others else None, randomness)
         velocity, total = torch.empty_like(x), x.new_zeros(())
         for kind in label.unique():
             mine = label == kind
-            there = torch.ones_like(classes, dtype=torch.bool) if kind == self.num_classes else classes == kind
-            more = None if others is None else others[there]
-            velocity[mine], value = self._towards(x[mine], data[there], more, randomness)
+            there = data.phi if kind == self.num_classes else data.phi[data.label == kind]
+            more = others.phi[others.label == kind] if others else None
+            velocity[mine], value = self._towards(x[mine], there, more, randomness)
             total += value * mine.double().mean().to(total)
         return velocity, total
 
@@ -129,8 +143,11 @@ class Chase:
         self, x: Tensor, data: Tensor, others: Tensor | None, randomness: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         twin = randomness.clone_state()
-        functional = self.functional(data).fitted(x, randomness)
-        if others is not None:  # fitted by the same draws, which cancel best
-            functional = functional + -1.0 * self.functional(others).fitted(x, twin)
+        functional = self.functional(data)
+        if others is None:
+            functional = functional.fitted(x, randomness)
+        else:  # fitted by the same draws, which cancel best
+            functional = functional.relative().fitted(x, randomness)
+            functional = functional + -1.0 * self.functional(others).relative().fitted(x, twin)
         velocity = functional.velocity(x)
         return velocity, functional.value(x) if self.log_value else x.new_zeros(())

@@ -71,6 +71,7 @@ FUNCTIONALS = [
     Case("sliced_even", lambda data: SlicedWasserstein(data), rest=True, copies=()),
     Case("sinkhorn", lambda data: SinkhornDivergence(data, 1.0, tolerance=1e-12), rest=True),
     Case("sinkhorn_distance", lambda data: SinkhornDivergence(data, 0.7, p=1, tolerance=1e-12), rest=True),
+    Case("sinkhorn_relative", lambda data: SinkhornDivergence(data, 1.0, tolerance=1e-12).relative()),
     Case("reverse_kl", lambda data: FDivergence("reverse_kl", lambda x: x.cos().sum(1) - x.square().sum(1) / 4)),
     Case("pearson", lambda data: FDivergence("pearson", lambda x: x.cos().sum(1) - x.square().sum(1) / 4)),
 ]

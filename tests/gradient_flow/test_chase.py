@@ -16,6 +16,7 @@ from diffusion.gradient_flow.functionals.energy import EnergyDistance
 from diffusion.gradient_flow.functionals.kernels import Gaussian
 from diffusion.gradient_flow.functionals.mmd import MMD
 from diffusion.gradient_flow.functionals.potential import Potential
+from diffusion.gradient_flow.functionals.sinkhorn import SinkhornDivergence
 from diffusion.gradient_flow.one_step import OneStepGenerator
 from diffusion.networks import MLP
 from diffusion.objectives import Batch
@@ -63,6 +64,9 @@ class Spy(Functional):
     def __init__(self, inner, seen):
         self.inner, self.seen = inner, seen
 
+    def relative(self):
+        return Spy(self.inner.relative(), self.seen)
+
     def fitted(self, particles, generator=None):
         self.seen.particles.append(particles)
         return Spy(self.inner.fitted(particles, generator), self.seen)
@@ -80,6 +84,7 @@ class Spy(Functional):
 FUNCTIONALS = {
     "energy": lambda data: EnergyDistance(data, directions=16),
     "mmd": lambda data: MMD(Gaussian(1.0), data),
+    "sinkhorn": lambda data: SinkhornDivergence(data, 2.0, tolerance=1e-12),
 }
 
 
@@ -182,6 +187,22 @@ def test_second_samples_are_of_the_classes_of_the_batch():
     Chase(generator, seen, label_dropout=0.0)(generator, batch_of(label))
     assert [len(data) for data in seen.data] == [12, 12, 8, 8]
     assert float(seen.data[1].abs().max()) < 30 and float(seen.data[3].min()) > 100
+
+
+@pytest.mark.parametrize("hidden", [0.5, 1.0])
+def test_second_samples_for_particles_without_a_class_have_none(hidden):
+    """Drawn to samples with classes, they would stay wherever they are once those have the law of the data."""
+    generator, label = generator_of(num_classes=2), torch.tensor([0] * 12 + [1] * 8)
+    with torch.no_grad():
+        generator.network.A.zero_()
+        generator.network.c.copy_(torch.tensor([[0.0] * 3, [100.0] * 3, [-100.0] * 3]))
+    seen = Seen(FUNCTIONALS["mmd"])
+    Chase(generator, seen, label_dropout=hidden)(generator, batch_of(label))
+    torch.testing.assert_close(seen.data[-2], batch_of().x)
+    assert len(seen.data[-1]) == B and float(seen.data[-1].max()) < -100
+    assert [len(data) for data in seen.data[:-2]] == ([12, 12, 8, 8] if hidden < 1 else [])
+    if hidden < 1:
+        assert float(seen.data[1].abs().max()) < 30 and float(seen.data[3].min()) > 100
 
 
 @pytest.mark.parametrize("debias", [False, True], ids=["plain", "debiased"])

@@ -91,6 +91,20 @@ def test_the_value_falls_along_the_flow(case):
 
 
 @every
+def test_what_relative_functionals_lack_cancels_between_data_sets(case):
+    x = 0.5 + draws(N, 3, 1)
+
+    def gap(relative):
+        pair = [case.build(draws(M, 3, seed)) for seed in (0, 4)]
+        pair = [(part.relative() if relative else part).fitted(x, torch.Generator().manual_seed(2)) for part in pair]
+        difference = pair[0] + -1.0 * pair[1]
+        return difference.velocity(x), difference.value(x), difference.first_variation(x)
+
+    for mine, full in zip(gap(True), gap(False), strict=True):
+        torch.testing.assert_close(mine, full, rtol=1e-9, atol=1e-11)
+
+
+@every
 def test_results_have_the_dtype_of_the_particles(case):
     functional, x = built(case, 2)
     half = x.float()

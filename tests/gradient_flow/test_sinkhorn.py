@@ -9,7 +9,9 @@ from cases import draws
 from geomloss import SamplesLoss
 from scipy.optimize import linear_sum_assignment
 
+from diffusion.gradient_flow.functionals import base, transport
 from diffusion.gradient_flow.functionals.sinkhorn import SinkhornDivergence, Start
+from diffusion.gradient_flow.functionals.transport import Transport
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -42,7 +44,7 @@ def test_with_a_large_blur_and_distances_it_is_half_the_energy_distance():
 @pytest.mark.parametrize("p", [1, 2])
 def test_it_is_what_a_slow_annealing_of_geomloss_tends_to(p):
     x, y = draws(20, 2, 0) + 1, draws(30, 2, 1)
-    loss = SamplesLoss("sinkhorn", p=p, blur=0.7, scaling=0.999, backend="tensorized")
+    loss = SamplesLoss("sinkhorn", p=p, blur=0.7, scaling=0.99, backend="tensorized")
     value = SinkhornDivergence(y, 0.7, p=p, tolerance=1e-9).value(x)
     assert float(value) == pytest.approx(float(loss(x, y)), rel=1e-3)
 
@@ -72,8 +74,21 @@ def test_fitted_starts_from_where_it_was():
 
 def test_a_small_blur_takes_few_iterations():
     """Without over-relaxation more than 1000."""
-    x, y = 0.5 * draws(100, 2, 0) + 1, draws(100, 2, 1)
+    x, y = 0.5 * draws(100, 2, 0) + 1, draws(120, 2, 1)
     assert needed(SinkhornDivergence(y, 0.1), x) < 400
+
+
+@pytest.mark.parametrize(("scale", "iterations"), [(0, 20), (1, 35), (10, 90)])
+def test_points_to_themselves_take_few_iterations(scale, iterations):
+    """From the start that is found, and from potentials off by `scale` temperatures; without the mean of both sides,
+    50 and more are needed."""
+    x = draws(60, 2, 0)
+    own = Transport(x, x, 0.5, 2)
+    start = scale * 0.25 * draws(60, 1, 3)[:, 0] if scale else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        g = own.solve(start, 0.5, 1e-8, iterations)
+    torch.testing.assert_close(own.softmin(g), g, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -81,7 +96,7 @@ def test_a_start_from_far_away_does_no_harm(dtype):
     """Potentials that are off by thousands of temperatures, each by another number."""
     x, y = draws(30, 2, 0), draws(40, 2, 1)
     cold = SinkhornDivergence(y, 0.4, tolerance=1e-5)
-    start = Start(*(3e3 * 0.4**2 * draws(number, 1, 2)[:, 0] for number in (40, 30)), torch.zeros(()))
+    start = Start(*(3e3 * 0.4**2 * draws(number, 1, 2)[:, 0] for number in (40, 30)), lambda: torch.zeros(()))
     warm = dataclasses.replace(cold, start=start).velocity(x.to(dtype))
     torch.testing.assert_close(warm.double(), cold.velocity(x), rtol=1e-3, atol=1e-3)
 
@@ -105,19 +120,71 @@ def test_places_far_from_the_origin_lose_no_digits():
     torch.testing.assert_close(far.velocity(x + 1024), near.velocity(x), rtol=1e-2, atol=2e-3)
 
 
-def test_transports_are_annealed_once_and_only_those_that_are_needed(monkeypatch):
-    sizes = []
-    annealed = SinkhornDivergence._annealed
-    monkeypatch.setattr(
-        SinkhornDivergence, "_annealed", lambda self, x, y: sizes.append((len(x), len(y))) or annealed(self, x, y)
-    )
+@pytest.fixture
+def annealed(monkeypatch):
+    """The sizes of the transports whose annealing was asked for."""
+    sizes, plain = [], Transport._annealed
+
+    def counted(self, scaling):
+        sizes.append((len(self.x), len(self.y)))
+        return plain(self, scaling)
+
+    monkeypatch.setattr(Transport, "_annealed", counted)
+    return sizes
+
+
+def test_transports_are_annealed_once_and_only_those_that_are_needed(annealed):
     x, y = draws(30, 2, 0), draws(40, 2, 1)
     SinkhornDivergence(y, 0.5).velocity(x)
-    assert sizes == [(30, 40), (30, 30)]
+    assert annealed == [(30, 40), (30, 30)]
     warm = SinkhornDivergence(y, 0.5).fitted(x)
-    assert sizes[2:] == [(30, 40), (30, 30), (40, 40)]
-    warm.fitted(x + 0.1).value(x + 0.2)
-    assert len(sizes) == 5
+    warm.velocity(x + 0.1)
+    assert annealed[2:] == [(30, 40), (30, 30)]
+    warm = warm.fitted(x + 0.1)
+    warm.value(x)
+    assert annealed[4:] == [(40, 40)]
+    warm.fitted(x + 0.2).value(x + 0.2)
+    assert len(annealed) == 5
+    SinkhornDivergence(y, 0.5).relative().fitted(x).value(x)
+    assert annealed[5:] == [(30, 40), (40, 40)]
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_in_chunks_it_is_the_same(p, monkeypatch):
+    """From a start on part of the points, over-relaxed, and warm; no block of costs is larger than a chunk."""
+    x, y = 0.5 * draws(60, 2, 0) + 1, draws(70, 2, 1)
+    blocks, cost = [], Transport._cost
+
+    def counted(self, part):
+        blocks.append(cost(self, part))
+        return blocks[-1]
+
+    def results():
+        cold = SinkhornDivergence(y, 0.4, p=p, tolerance=1e-13, iterations=20000)
+        warm = cold.fitted(x + 0.01)
+        made = []
+        for functional in (cold, warm):
+            made += [functional.value(x), functional.velocity(x), functional.first_variation(x)]
+        return made
+
+    monkeypatch.setattr(Transport, "_cost", counted)
+    monkeypatch.setattr(transport, "SUBSET", 20)
+    whole, once = results(), len(blocks)
+    assert max(block.numel() for block in blocks) == 70 * 70
+    monkeypatch.setattr(base, "CHUNK", 1000)
+    blocks.clear()
+    for part, all_at_once in zip(results(), whole, strict=True):
+        torch.testing.assert_close(part, all_at_once, rtol=1e-12, atol=1e-12)
+    assert max(block.numel() for block in blocks) <= 1000
+    assert once < 50 < len(blocks)
+
+
+def test_a_start_on_part_of_the_points_is_nearly_as_good(monkeypatch):
+    x, y = 0.5 * draws(80, 2, 0) + 1, draws(120, 2, 1)
+    functional = SinkhornDivergence(y, 0.4)
+    whole = needed(functional, x)
+    monkeypatch.setattr(transport, "SUBSET", 30)
+    assert needed(functional, x) < 1.5 * whole
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -136,6 +203,8 @@ def test_what_geomloss_does_to_gradients_does_not_leak():
         assert not torch.is_grad_enabled()
         assert not SinkhornDivergence(y, 0.5).value(x).requires_grad
     assert not SinkhornDivergence(y, 0.5).velocity(x.requires_grad_()).requires_grad
+    start = Transport(x, y, 0.5, 2).solve(None, 0.5, 1e-4, 100)
+    assert not start.requires_grad
 
 
 def test_the_default_blur_is_a_fifth_of_the_median_distance():

@@ -53,6 +53,13 @@ class Functional(ABC):
         """
         return self
 
+    def relative(self) -> Functional:
+        """This functional up to a term of the particles alone, where it costs less without.
+
+        The term is the same whatever the data: the difference of a functional of two data sets does not have it.
+        """
+        return self
+
     def terms(self) -> tuple[Term, ...]:
         """The functionals, with their weights, of which this one is the sum."""
         return (Term(1.0, self),)

@@ -197,13 +197,17 @@ def median_distance(points: Tensor) -> float:
     Raises:
         UserError: it is zero.
     """
-    chosen = torch.linspace(0, len(points) - 1, min(len(points), SUBSET), device=points.device).round().long()
-    distances = torch.nn.functional.pdist(points[chosen].double())
+    distances = torch.nn.functional.pdist(spread(points, SUBSET).double())
     median = float(distances.median()) if len(distances) else 0.0
     if not median > 0:
         raise UserError(f"the median distance of {len(points)} data points is {median}, expected a positive number; "
                         "give the kernel a bandwidth")  # fmt: skip
     return median
+
+
+def spread(points: Tensor, number: int) -> Tensor:
+    """The points, or `number` spread evenly among them."""
+    return points[torch.linspace(0, len(points) - 1, min(len(points), number), device=points.device).round().long()]
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
