@@ -16,8 +16,8 @@ from diffusion.samplers.base import state_dtype
 
 @command("tune")
 def main(config: DictConfig) -> None:
-    expect(config, nfe=int, trajectories=int, iterations=int, seed=int, denoise=bool)
-    missing = [name for name in ("nfe", "trajectories", "iterations", "seed") if config[name] is None]
+    expect(config, nfe=int, trajectories=int, rounds=int, seed=int, denoise=bool)
+    missing = [name for name in ("nfe", "rounds", "seed") if config[name] is None]
     if missing:
         raise UserError(f"{missing[0]} is null, expected a number")
     generator = Generator.load(config.checkpoint, devices.pick(config.device), config.trust)
@@ -31,15 +31,15 @@ def main(config: DictConfig) -> None:
             return x_T, {}
         return x_T, {"label": (torch.arange(number) % generator.num_classes).to(generator.device)}
 
-    with tqdm(total=config.iterations, unit="iterations", leave=False) as bar:
+    with tqdm(unit="solutions", leave=False) as bar:
 
-        def show(done: int, error: float) -> None:
+        def show(done: int, total: int, error: float) -> None:
+            bar.total = total
+            bar.set_postfix(error=f"{error:.2e}", refresh=False)
             bar.update(done - bar.n)
-            bar.set_postfix(error=f"{error:.2e}")
 
-        found = tune(
-            generator, draw, config.nfe, config.trajectories, config.iterations, config.seed, config.denoise, show
-        )
+        chosen = config.nfe, config.trajectories, config.rounds, config.seed, config.denoise
+        found = tune(generator, draw, *chosen, progress=show)
     path = store_tuned(config.checkpoint, found)
     with contextlib.suppress(OSError):
         run_folder().rmdir()  # all that is left is in the checkpoint

@@ -101,7 +101,7 @@ def test_every_sampler_runs_and_the_evaluations_are_reported(run, trained, tmp_p
 
 def test_a_tuned_sampler_takes_the_evaluations_that_it_was_tuned_for(run, trained, tmp_path):
     shutil.copytree(trained / "checkpoints/last", tmp_path / "last")
-    options = ["nfe=3", "trajectories=2", "iterations=2", f"hydra.run.dir={tmp_path}"]  # a folder that is not empty
+    options = ["nfe=3", "trajectories=2", "rounds=1", f"hydra.run.dir={tmp_path}"]  # a folder that is not empty
     status, out, err = run("tune", f"checkpoint={tmp_path / 'last'}", *options)
     assert status == 0, err
     assert "3 evaluations: median error on fresh draws" in out
@@ -268,7 +268,7 @@ def test_mistakes_end_in_one_line_and_status_2(run, trained, command, options, w
     tiny = [option for option in TINY if option.split("=")[0] not in given and not (mlp and "model" in option)]
     tiny = tiny if command == "train" else []
     status, _, err = run(command, *tiny, *options)
-    progress = ("step/s", "samples/s", "iterations/s", "Downloading")
+    progress = ("step/s", "samples/s", "solutions/s", "Downloading")
     lines = [line for line in err.splitlines() if line.strip() and not any(word in line for word in progress)]
     assert status == 2, err
     assert len(lines) == 1 and lines[0].startswith("error: "), err

@@ -49,6 +49,14 @@ def data_std(model) -> float:
     return std if 0 < std < math.inf else USUAL_STD  # data that do not vary have none
 
 
+def levels(field: Field, t: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma as `schedule` has them, without the derivatives, which cost most."""
+    if not isinstance(field, AffineField):
+        return schedule(field, t)[:2]
+    flat = t.double().flatten()
+    return field.alpha(flat).view(t.shape), field.sigma(flat).view(t.shape)
+
+
 def schedule(field: Field, t: Tensor) -> Schedule:
     """alpha, sigma and their derivatives at the times `t`, in its shape and float64, in which any field is seen."""
     t = t.double()
@@ -76,7 +84,7 @@ def times_of_noise(field: Field, levels: Tensor) -> Tensor:
     """The times, float64, at which sigma / alpha has these levels, or the nearest of t_min and T."""
 
     def ratio(t: Tensor) -> Tensor:
-        alpha, sigma, *_ = schedule(field, t)
+        alpha, sigma = levels(field, t)
         return sigma / alpha
 
     return solve_times(field, ratio, levels)

@@ -25,6 +25,9 @@ def integral_weights(nodes: Tensor, start: Tensor, stop: Tensor) -> Tensor:
     return width * torch.linalg.solve(places**powers, (1 / (powers + 1)).expand(len(nodes), -1, -1))[:, :, 0]
 
 
+Factors = tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
+
+
 class Moves(NamedTuple):
     """The plan: where to evaluate, and the moves between."""
 
@@ -56,12 +59,15 @@ class Multistep(OnArc):
         corrector: make each step again.
         denoise: end with the field's estimate from an evaluation at t_min, for every sample. Right where the data have
             no density, and for images of few grey levels; where they have one, steps are better spent earlier.
+        factors: on the weights of the slopes, for each step in the move up to its place and in that to the next, as
+            many as there are weights (see `shapes`); diffusion.samplers.tune finds them. None is 1 everywhere.
     """
 
     steps: int = 10
     order: int | None = None
     corrector: bool = True
     denoise: bool = False
+    factors: Factors | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -70,12 +76,23 @@ class Multistep(OnArc):
             whole(self.order, "order", 1)
         if self.order not in (None, 1, 2, 3, 4):
             raise UserError(f"sampler has order={self.order}, expected 1, 2, 3 or 4, or null")
+        if self.factors is not None and [tuple(map(len, pair)) for pair in self.factors] != self.shapes():
+            raise UserError(f"sampler has factors={self.factors}, expected as many as weights: {self.shapes()}")
 
     def plan(self, model: Model, x: Tensor) -> Moves:
         arc = self.arc(model, x)
-        return self._moves(arc, self.evaluations(arc, self.times(model, x, self.steps + 1)), x)
+        times = self._evaluations(arc, self.times(model, x, self.steps + 1))
+        at, scale = arc.at(times), torch.as_tensor(arc.scale, dtype=torch.float64)
+        weights = [(again.to(x), onward.to(x)) for again, onward in self._scaled(self._weights(at.angle))]
+        continued = (times[:, -1:] > arc.field.t_min).to(x.device)
+        return Moves(times.to(x), at.to(x), weights, scale.to(x), continued)
 
-    def evaluations(self, arc: Arc, grid: Tensor) -> Tensor:
+    def shapes(self) -> list[tuple[int, int]]:
+        """How many weights each step has, in the move up to its place, which may not be made again, and to the next."""
+        angles = torch.linspace(1.5, 0.1, self.steps, dtype=torch.float64)[None]
+        return [(again.shape[1], onward.shape[1]) for again, onward in self._weights(angles)]
+
+    def _evaluations(self, arc: Arc, grid: Tensor) -> Tensor:
         """Where to evaluate, (rows, steps): at all times but the last of a grid (rows, steps + 1) from T to t_min.
 
         Samples whose noise still hides the data at t_min are evaluated there, and a little earlier everywhere else.
@@ -89,13 +106,6 @@ class Multistep(OnArc):
         earlier = torch.lerp(grid[:, before].log(), grid[:, before + 1].log(), places - before).exp()
         earlier = torch.cat([grid[:, :1], earlier[:, 1:-1], grid[:, -1:]], 1)  # the ends exactly
         return torch.where(hidden, earlier, times)
-
-    def along(self, arc: Arc, times: Tensor, velocity: Velocity, x: Tensor) -> Tensor:
-        """x_0 (B, *shape) from `x` at the first of the `times` (rows, steps), where it is evaluated.
-
-        Differentiable in the times, the scale of the arc and `x`, where the velocity is.
-        """
-        return self.follow(self._moves(arc, times, x), velocity, x, arc.field)
 
     def follow(self, plan: Moves, velocity: Velocity, x: Tensor, field: Field) -> Tensor:
         at, slopes = plan.at, []
@@ -111,12 +121,11 @@ class Multistep(OnArc):
         estimate = field.endpoint(x, plan.times[:, -1].expand(len(x)), v)
         return torch.where(column(plan.continued, 0, x), state * plan.scale, estimate)
 
-    def _moves(self, arc: Arc, times: Tensor, x: Tensor) -> Moves:
-        """The plan of evaluations at the `times` (rows, steps), for states like `x`."""
-        at, scale = arc.at(times), torch.as_tensor(arc.scale, dtype=torch.float64)
-        weights = [(again.to(x), onward.to(x)) for again, onward in self._weights(at.angle)]
-        continued = (times[:, -1:] > arc.field.t_min).to(x.device)
-        return Moves(times.to(x), at.to(x), weights, scale.to(x), continued)
+    def _scaled(self, weights: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        if self.factors is None:
+            return weights
+        pairs = zip(weights, self.factors, strict=True)
+        return [tuple(w * torch.tensor(f, dtype=w.dtype) for w, f in zip(ws, fs, strict=True)) for ws, fs in pairs]
 
     def _slopes(self) -> int:
         """How many a step is extended from."""

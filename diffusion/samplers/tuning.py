@@ -1,7 +1,8 @@
-"""Grids tuned to a model: where a given number of evaluations brings samples closest to the exact ODE's."""
+"""Samplers tuned to a model: how a given number of evaluations brings samples closest to the exact ODE's."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -10,14 +11,16 @@ import yaml
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.samplers.arc import Arc
 from diffusion.samplers.base import Model, state_dtype
 from diffusion.samplers.grids import BandGrid
 from diffusion.samplers.multistep import Multistep
-from diffusion.samplers.on_arc import SCALE
 
 FILE = "tuned.yaml"
 REFERENCE = Multistep(steps=128)
+FEW = 10  # evaluations up to which the weights too are tuned: what that costs grows with the square of the evaluations
+RESIDUALS = 4096  # coordinates of all trajectories, at least
+CHANGE, DAMPING = 0.01, (1e-3, 1e-2, 1e-1, 1.0)  # of an unknown, for its derivative; of a round, the best is taken
+GAIN = 0.01  # share of the error that a round must take away to be followed by another
 
 
 @dataclass(frozen=True)
@@ -33,53 +36,52 @@ def tune(
     model: Model,
     draw: Callable[[int, torch.Generator], tuple[Tensor, dict]],
     nfe: int,
-    trajectories: int = 64,
-    iterations: int = 100,
+    trajectories: int | None = None,
+    rounds: int = 8,
     seed: int = 0,
     denoise: bool = False,
-    progress: Callable[[int, float], None] = lambda iteration, error: None,
+    progress: Callable[[int, int, float], None] = lambda done, total, error: None,
 ) -> Tuned:
-    """The times, the order and the arc's scale with which Multistep makes the least error in `nfe` evaluations.
+    """The Multistep that makes the least error in `nfe` evaluations: its times, its scale and, up to 10, its weights.
 
-    The mean logarithm of the error, over trajectories whose ends are known from a fine solution, falls along its
-    gradient through the solver. Each order has a fifth of the iterations, then the best of them has the others.
+    The mean error over trajectories whose ends are known from a fine solution falls by the damped Gauss-Newton method
+    (Levenberg 1944), from even gaps on. The residuals of each sample are weighted by the inverse root of their size,
+    so that the sum of their squares is that of the errors. Derivatives are differences: a round costs about a solution
+    for each unknown, and nothing is differentiated. The order is 3 up to 10 evaluations, the better of 2 and 4 beyond.
 
     Args:
-        model: differentiable in x and t.
+        model: has `velocity` and `field`.
         draw: draw(number, generator) -> prior draws (number, *shape) and the conditions that go with them.
         nfe: evaluations, 2 or more.
-        trajectories: number to tune on; four times as many fresh ones are drawn to report on.
-        iterations: each costs `nfe` evaluations, forward and backward.
+        trajectories: number to tune on; four times as many fresh ones are drawn to report on. None is 64, or as many as
+            have 4096 coordinates together.
+        rounds: at most; they end where one gains less than a hundredth.
         denoise: tune a sampler that ends with the field's estimate at t_min (see Multistep).
-        progress: called with the number of iterations done and the error on the trajectories.
+        progress: called after each solution with how many there have been, how many there may be, and the error.
 
     Returns:
         The better on the fresh draws of what was found and of the default.
     """
-    if nfe < 2 or trajectories < 2 or iterations < 1:
+    if nfe < 2 or (trajectories is not None and trajectories < 2) or rounds < 1:
         raise UserError(
-            f"tuning has nfe={nfe}, trajectories={trajectories}, iterations={iterations}, expected at least 2, 2 and 1"
+            f"tuning has nfe={nfe}, trajectories={trajectories}, rounds={rounds}, expected at least 2, 2, 1"
         )
     generator = torch.Generator().manual_seed(seed)
+    if trajectories is None:
+        trajectories = max(64, math.ceil(RESIDUALS / draw(1, torch.Generator())[0].numel()))
     fine = replace(REFERENCE, denoise=denoise)
     problem = _Problem(model, fine, *draw(trajectories, generator))
-    orders = [order for order in (2, 3, 4) if order < nfe] or [1]
-    first = max(1, iterations // (2 + len(orders)))
-    runs = [_Descent(Multistep(nfe, order, denoise=denoise), problem) for order in orders]
-    done = 0
-    for run in runs:
-        for _ in range(first):
-            done += 1
-            progress(done, run.step())
-    best, begun = min(runs, key=lambda run: run.least), done
-    while done < iterations:
-        best.slow_down((iterations - done) / (iterations - begun))
-        done += 1
-        progress(done, best.step())
-    fresh = _Problem(model, fine, *draw(4 * trajectories, generator))
     default = Multistep(nfe, denoise=denoise)
-    default_error, error = fresh.median_error(default), fresh.median_error(best.best)
-    return Tuned(best.best if error < default_error else default, min(error, default_error), default_error)
+    even = tuple(torch.linspace(0, 1, nfe + 1, dtype=torch.float64).tolist())
+    grid = replace(default.default_grid(model, problem.x_T), shares=even)
+    orders = [min(3, nfe - 1)] if nfe <= FEW else [2, 4]
+    starts = [replace(default, order=order, grid=grid, std=default.data_std(model)) for order in orders]
+    total, done = rounds * sum(_unknowns(start) + len(DAMPING) for start in starts), itertools.count(1)
+    found = [_fitted(start, problem, rounds, lambda error: progress(next(done), total, error)) for start in starts]
+    fresh = _Problem(model, fine, *draw(4 * trajectories, generator))
+    errors = [fresh.errors(sampler).median().item() for sampler in (default, *found)]
+    best = errors.index(min(errors))
+    return Tuned((default, *found)[best], errors[best], errors[0])
 
 
 class _Problem:
@@ -87,64 +89,64 @@ class _Problem:
 
     def __init__(self, model: Model, fine: Multistep, x_T: Tensor, conditions: dict):
         self.model, self.x_T, self.conditions = model, x_T.to(state_dtype(x_T.device)), conditions
-        self.x_0 = fine(model, self.x_T, **conditions)
+        self.x_0 = self.end(fine)
 
-    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.model.velocity(x, t.expand(len(x)), **self.conditions)
+    def end(self, sampler: Multistep) -> Tensor:
+        return sampler(self.model, self.x_T, **self.conditions)
 
-    def errors(self, x: Tensor) -> Tensor:
+    def residuals(self, sampler: Multistep) -> Tensor:
+        """(B, d), in units that make a row's norm its root mean square."""
+        away = (self.x_0 - self.end(sampler)).flatten(1)
+        return away / away.shape[1] ** 0.5
+
+    def errors(self, sampler: Multistep) -> Tensor:
         """(B,) root mean square over coordinates."""
-        return (x - self.x_0).flatten(1).square().mean(1).sqrt()
-
-    def median_error(self, sampler: Multistep) -> float:
-        return float(self.errors(sampler(self.model, self.x_T, **self.conditions)).median())
+        return self.residuals(sampler).norm(dim=1)
 
 
-class _Descent:
-    """Adam on the gaps between the times, in the clock of the default grid, and on the arc's scale."""
+def _unknowns(start: Multistep) -> int:
+    """Gaps of the grid, the scale and, where there are few evaluations, factors on the weights."""
+    return start.steps + 1 + (sum(map(sum, start.shapes())) if start.steps <= FEW else 0)
 
-    RATE = 0.05
 
-    def __init__(self, sampler: Multistep, problem: _Problem):
-        self.sampler, self.problem, self.least, self.best = sampler, problem, math.inf, sampler
-        arc = sampler.arc(problem.model, problem.x_T)
-        self.noise = arc.noise
-        self.grid = sampler.default_grid(problem.model, problem.x_T)
-        self.log_gaps = torch.zeros(sampler.steps, dtype=torch.float64, requires_grad=True)
-        self.log_scale = torch.tensor(math.log(arc.scale), dtype=torch.float64, requires_grad=True)
-        self.adam = torch.optim.Adam([self.log_gaps, self.log_scale], lr=self.RATE)
+def _fitted(start: Multistep, problem: _Problem, rounds: int, progress: Callable[[float], None]) -> Multistep:
+    """What the damped Gauss-Newton method finds from `start`."""
+    unknowns = torch.zeros(_unknowns(start), dtype=torch.float64)
+    identity, residuals = torch.eye(len(unknowns), dtype=torch.float64), problem.residuals(start)
 
-    @torch.enable_grad()
-    def step(self) -> float:
-        """One iteration; the geometric mean of the errors before it."""
-        shares = torch.cat([torch.zeros(1, dtype=torch.float64), self.log_gaps.softmax(0).cumsum(0)])
-        shares = shares / shares[-1].detach()
-        arc = Arc(self.problem.model.field, self.log_scale.exp(), self.noise)
-        times = self.sampler.evaluations(arc, self._times(shares))
-        x = self.sampler.along(arc, times, self.problem.velocity, self.problem.x_T)
-        loss = (self.problem.errors(x) + 1e-12).log().mean()
-        if loss.item() < self.least:
-            self.least = loss.item()
-            grid = replace(self.grid, shares=tuple(shares.tolist()))
-            self.best = replace(self.sampler, grid=grid, std=arc.scale.item() / SCALE)
-        self.adam.zero_grad()
-        loss.backward()
-        self.adam.step()
-        return math.exp(loss.item())
+    def solved(changes: Iterable[Tensor]) -> Iterator[Tensor]:
+        for change in changes:
+            yield problem.residuals(_changed(start, unknowns + change))
+            progress(least)
 
-    def slow_down(self, share: float) -> None:
-        """Make the steps of the descent this share of what they were at first."""
-        self.adam.param_groups[0]["lr"] = share * self.RATE
+    for _ in range(rounds):
+        errors = residuals.norm(dim=1)
+        least = errors.mean().item()
+        trust = errors.clamp_min(errors.median() / 4 + 1e-12).rsqrt()[:, None]
+        slopes = torch.stack([(trust * (residuals - r) / CHANGE).flatten() for r in solved(CHANGE * identity)])
+        curvature, downhill = slopes @ slopes.T, slopes @ (trust * residuals).flatten()
+        curvature, downhill = curvature.cpu().double(), downhill.cpu().double()
+        unit = curvature.diagonal().mean().clamp_min(1e-30) * identity
+        changes = [torch.linalg.solve(curvature + damping * unit, downhill) for damping in DAMPING]
+        trials = list(solved(changes))
+        means = [trial.norm(dim=1).mean().nan_to_num(math.inf).item() for trial in trials]
+        best = means.index(min(means))
+        if not means[best] < (1 - GAIN) * least:
+            break
+        unknowns, residuals = unknowns + changes[best], trials[best]
+    return _changed(start, unknowns)
 
-    def _times(self, shares: Tensor) -> Tensor:
-        """The grid's times (rows, steps + 1), differentiable in its shares."""
-        field = self.problem.model.field
-        fixed = replace(self.grid, shares=tuple(shares.tolist())).rows(field, len(shares), self.noise)
-        with torch.enable_grad():
-            at = fixed.clone().requires_grad_()
-            (rate,) = torch.autograd.grad(self.grid.clock(field, at, self.noise).sum(), at)
-        ends = self.grid.clock(field, fixed[:, [0, -1]], self.noise)
-        return fixed + (ends[:, 1:] - ends[:, :1]) / rate * (shares - shares.detach())
+
+def _changed(start: Multistep, unknowns: Tensor) -> Multistep:
+    """With other logarithms of gaps (steps,), logarithm of the scale (1,) and factors (all or none), as changes."""
+    steps = start.steps
+    gaps = torch.tensor(start.grid.shares, dtype=torch.float64).diff() * unknowns[:steps].exp()
+    shares = (0.0, *(gaps.cumsum(0) / gaps.sum()).tolist()[:-1], 1.0)
+    values, factors = iter((1 + unknowns[steps + 1 :]).tolist()), None
+    if len(unknowns) > steps + 1:
+        factors = tuple(tuple(tuple(next(values) for _ in range(k)) for k in pair) for pair in start.shapes())
+    std = start.std * math.exp(unknowns[steps].item())
+    return replace(start, grid=replace(start.grid, shares=shares), std=std, factors=factors)
 
 
 def store_tuned(folder: str | Path, tuned: Tuned) -> Path:
@@ -180,6 +182,8 @@ def tuned_sampler(checkpoint: str | Path, nfe: int) -> Multistep:
         grid = options.pop("grid")
         if grid is not None:
             grid = BandGrid(grid["low"], grid["high"], tuple(grid["shares"]))
+        if options.get("factors") is not None:
+            options["factors"] = tuple(tuple(map(tuple, pair)) for pair in options["factors"])
         return Multistep(**options, grid=grid)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run scripts/tune.py again") from error
