@@ -15,10 +15,15 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """The tensors here are small: on a busy machine threads that wait for each other take ten times as long."""
+    """Also in processes that tests start: threads that wait for each other take ten times as long on a busy machine.
+
+    The tensors are small.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(before)
 
 
