@@ -49,7 +49,7 @@ def data_std(model) -> float:
     return std if 0 < std < math.inf else USUAL_STD  # data that do not vary have none
 
 
-def levels(field: Field, t: Tensor) -> tuple[Tensor, Tensor]:
+def coefficients(field: Field, t: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma as `schedule` has them, without the derivatives, which cost most."""
     if not isinstance(field, AffineField):
         return schedule(field, t)[:2]
@@ -84,7 +84,7 @@ def times_of_noise(field: Field, levels: Tensor) -> Tensor:
     """The times, float64, at which sigma / alpha has these levels, or the nearest of t_min and T."""
 
     def ratio(t: Tensor) -> Tensor:
-        alpha, sigma = levels(field, t)
+        alpha, sigma = coefficients(field, t)
         return sigma / alpha
 
     return solve_times(field, ratio, levels)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.fields.base import Field
-from diffusion.samplers.arc import levels, solve_times
+from diffusion.samplers.arc import coefficients, solve_times
 
 
 class Grid(ABC):
@@ -51,7 +51,7 @@ class SigmaGrid(Grid):
             raise UserError(f"SigmaGrid has rho={self.rho}, expected a positive number, such as 7")
 
         def clock(t: Tensor) -> Tensor:
-            return levels(field, t)[1] ** (1 / self.rho)
+            return coefficients(field, t)[1] ** (1 / self.rho)
 
         first, last = clock(torch.tensor([field.horizon, field.t_min], dtype=torch.float64)).tolist()
         return _between(field, solve_times(field, clock, torch.linspace(first, last, points, dtype=torch.float64)))
@@ -69,7 +69,7 @@ class LogSNRGrid(Grid):
 
     def __call__(self, field: Field, points: int) -> Tensor:
         def clock(t: Tensor) -> Tensor:
-            alpha, sigma = levels(field, t)
+            alpha, sigma = coefficients(field, t)
             return sigma.log() - alpha.log()
 
         first, last = clock(torch.tensor([field.horizon, field.t_min], dtype=torch.float64)).tolist()
@@ -112,7 +112,7 @@ class BandGrid(Grid):
 
     def clock(self, field: Field, t: Tensor, noise: Tensor) -> Tensor:
         """(rows, n) at times `t` (rows, n), rising."""
-        alpha, sigma = levels(field, t)
+        alpha, sigma = coefficients(field, t)
         return ((noise * sigma + self.low * alpha) / (noise * sigma + self.high * alpha)).log()
 
 

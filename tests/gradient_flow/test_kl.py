@@ -159,6 +159,9 @@ def test_targets_that_are_none_are_refused(user_error):
         KL(lambda x: -x, Blob())
     with user_error("of shape (1, 1)", "expected (1,), a log-density, or (1, 2), a score"):
         KL(lambda x: x[:, :1]).velocity(x)
+    with user_error("a log-density or a score", "ScorePotential(score)"):
+        KL(lambda x: -x).velocity(x[:, :1])
+    assert KL(ScorePotential(lambda x: -x)).terms()[1].functional.velocity(x[:, :1]).equal(-x[:, :1])
     with user_error("is float", "expected (1,)"):
         KL(lambda x: 1.0).velocity(x)
     with user_error("score has shape (1, 2), expected (4, 2)"):

@@ -23,7 +23,8 @@ class KL(Functional):
 
     Args:
         target: log p up to a constant, (N, *shape) -> (N,), in torch operations; or grad log p, (N, *shape) ->
-            (N, *shape), told apart by the shape of the answer; or a model at a `time`: a Generator, an EmpiricalField,
+            (N, *shape), told apart by the shape of the answer (in one dimension a score must be given as
+            ScorePotential(score)); or a model at a `time`: a Generator, an EmpiricalField,
             or any object with `field`, `score(x, t)` and, for a value, `log_prob(x, t)`; or -log p as a functional.
         entropy: how E log q is told from particles. The default has a value, but a good score in few dimensions only
             (see Blob); Entropy(SteinScore()) has a better score, and no value.

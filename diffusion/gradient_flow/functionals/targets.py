@@ -72,6 +72,9 @@ class Unknown(Functional):
 
     Args:
         target: (N, *shape) -> (N,) or (N, *shape).
+
+    Raises:
+        UserError: an answer of another shape, or (N, 1) in one dimension, which may be either.
     """
 
     target: Callable[[Tensor], Tensor]
@@ -82,6 +85,11 @@ class Unknown(Functional):
         shape = answer.shape if isinstance(answer, Tensor) else None
         if shape == (1,):
             return Potential(_Negative(self.target))
+        if shape == (1, 1) == particles[:1].shape:
+            raise UserError(
+                "the target's answer for one particle is of shape (1, 1), a log-density or a score; expected (1,) of a "
+                "log-density, or ScorePotential(score) as the target"
+            )
         if shape == particles[:1].shape:
             return ScorePotential(self.target)
         found = type(answer).__name__ if shape is None else f"of shape {tuple(shape)}"
