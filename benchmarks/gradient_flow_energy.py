@@ -25,7 +25,7 @@ from torch import Tensor
 from diffusion.gradient_flow.functionals.energy import EnergyDistance
 
 NUMBERS, DIMS, DRAWS = (1000, 2000, 10_000, 100_000), (2, 64), 25
-PAIRS = {"slices": math.inf, "all pairs": 10_000, "geomloss": 2000}
+PAIRS = {"slices": math.inf, "all pairs": 10_000, "geomloss": 10_000}
 """The methods, each up to what number of particles."""
 
 

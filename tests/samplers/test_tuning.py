@@ -85,6 +85,19 @@ def test_points_of_few_coordinates_are_tuned_on_more_of_them():
     assert asked == [1, 2048, 8192]
 
 
+def test_a_sampler_that_ends_with_the_estimate_is_tuned_as_such():
+    model = mixture(linear(2))
+    tuned = tune(model, draws(model), 5, trajectories=48, rounds=3, denoise=True)
+    assert tuned.sampler.denoise
+    assert tuned.error < 0.9 * tuned.default_error
+
+
+def test_the_better_order_wins_where_there_are_many_evaluations():
+    model = mixture(linear(2))
+    tuned = tune(model, draws(model), 24, trajectories=12, rounds=2)
+    assert tuned.sampler.order == 4 and tuned.error < tuned.default_error
+
+
 def test_progress_is_told_of_every_solution(found):
     model, told = mixture(linear(2)), []
     tune(model, draws(model), 2, trajectories=4, rounds=2, progress=lambda *state: told.append(state))
