@@ -1,6 +1,15 @@
-"""The weak form as an objective of the shared trainer: a drift is learned from samples at several times."""
+"""The weak form as an objective of the shared trainer: a drift, or a drift and a diffusion, from samples at some times.
 
-import math
+For every test function phi and every polynomial psi of time the right equation has
+
+    [psi E phi](T) - [psi E phi](0) - int (psi' E phi + psi E[f . grad phi + 1/2 tr(g g^T Hess phi)]) dt = 0.
+
+What does not depend on the network is averaged once over all samples, with its covariance S; a batch averages the rest.
+The residuals rho of all these equations are weighed by (S + u^2 G)^-1. G is the Gram matrix of psi grad phi under the
+samples, so rho^T G^-1 rho is the mean square error of the drift as far as the functions see it: to descend on it is as
+well conditioned as a regression on the drift itself. S takes the place of G where chance is more than the error u.
+"""
+
 from collections.abc import Sequence
 
 import torch
@@ -9,10 +18,13 @@ from torch import Tensor, nn
 from diffusion.data.base import TensorData
 from diffusion.errors import UserError
 from diffusion.fokker_planck.equation import FokkerPlanck, Function
-from diffusion.fokker_planck.scaled_functions import Samples, frame
-from diffusion.fokker_planck.snapshots import Snapshots
-from diffusion.fokker_planck.test_functions import RandomFourier
+from diffusion.fokker_planck.moment_equations import CHANCE, Rates, equations, time_weights
+from diffusion.fokker_planck.scaled_functions import Samples, TestFunctions, frame
+from diffusion.fokker_planck.snapshots import ELEMENTS, Snapshots, quadrature
+from diffusion.fokker_planck.weak import exceeded, quadratic_form, whitening
 from diffusion.objectives import Batch
+
+ACCURACY = 0.1  # u: an error of the drift, in standard deviations of the samples over all the time
 
 
 def paired(samples: Samples) -> TensorData:
@@ -24,83 +36,102 @@ def paired(samples: Samples) -> TensorData:
 
 
 class WeakMatching:
-    """Squared weak residuals of a network f(x, t), estimated without bias from examples (K, d).
+    """Squared weak residuals of a network, estimated without bias from examples (K, d).
 
-    At each step random waves phi and random cosines psi of time are drawn. The residual of one example,
+    The network is (x, t) -> f, or, where `diffusion` is not given, (x, t) -> (f, g), such as `DriftNetwork` and
+    `ProcessNetwork`. With r_i the residuals of one example, the mean of r_i r_j over pairs of different examples is the
+    square of the mean of r, in which the variance of r has no part; single losses, and their mean near the end, may be
+    negative.
 
-        r = [psi phi](T) - [psi phi](0) - int psi' phi + psi (f . grad phi + 1/2 tr(g g^T Hess phi)) dt,
-
-    has a mean that vanishes for the right f. The mean over pairs of different examples of r_i r_j is the square of it,
-    in which the variance of r has no part; single losses, and their mean near the end, may be negative.
-
-    The weak form determines f up to what moves no density: f p_t is known up to fields without divergence.
+    The weak form determines f p_t up to fields without divergence. Drift and noise together are determined by how the
+    law changes: samples of a stationary law do not tell the scale of time, and a noise that may be any function of x is
+    told from the drift by little.
 
     Args:
-        samples: those of the training, for the centre and scale of the waves.
-        times: K of them, rising; the integral uses no others, and `weak_residual` tells whether they suffice.
-        diffusion: g, as in `FokkerPlanck`.
-        functions: how many are drawn a step.
-        shortest, longest: waves, in radians a standard deviation.
-        half_turns: the largest number of half periods of psi over all times.
+        samples, times, paths, degree: as in `weak_residual`.
+        test_functions: many more, times `time_moments`, than a simple drift would have coefficients: in d dimensions
+            some 64 for each. They should vary over the lengths over which the drift does.
+        diffusion: g, as in `FokkerPlanck`; None where the network learns it.
+        time_moments: number of polynomials psi; 2 or K - 1, unless given.
+
+    Raises:
+        UserError: bad samples, as in `weak_residual`; the diffusion is to be learned from samples whose law does not
+            change in time beyond chance.
     """
 
     def __init__(
         self,
         samples: Samples,
         times: Sequence[float] | Tensor,
-        diffusion: Function,
-        functions: int = 64,
-        shortest: float = 0.5,
-        longest: float = 4.0,
-        half_turns: int = 2,
+        test_functions: TestFunctions,
+        diffusion: Function | float | None = None,
+        time_moments: int | None = None,
+        paths: bool = False,
+        degree: int | None = None,
     ):
-        snapshots = Snapshots(samples, times)
-        _, self.centre, self.scale = frame(samples)
+        snapshots = Snapshots(samples, times, paths)
+        most, span = len(snapshots.times) - 1, snapshots.times[-1] - snapshots.times[0]
+        moments = min(2, most) if time_moments is None else time_moments
+        if not isinstance(moments, int) or not 1 <= moments <= most:
+            raise UserError(f"WeakMatching has time_moments={moments}, expected 1 to {most}, the times - 1")
+        self.test_functions, self.learned = test_functions, diffusion is None
         self.times = torch.tensor(snapshots.times, dtype=torch.float64)
-        self.weights, _ = snapshots.integral(None)
-        self.equation = FokkerPlanck(lambda x, t: torch.zeros_like(x), diffusion)
-        self.functions, self.shortest, self.longest = functions, shortest, longest
-        if half_turns < 0 or functions < 1:
-            raise UserError(f"WeakMatching has functions={functions} and half_turns={half_turns}, expected 1 and 0 up")
-        self.half_turns = half_turns
+        _, _, scale = frame(samples)
+        unit = scale / span**0.5
+        noise = (lambda x, t: unit.to(x).expand_as(x)) if diffusion is None else diffusion
+        rates = Rates([], [], FokkerPlanck(lambda x, t: torch.zeros_like(x), noise), test_functions)
+        weights, _ = snapshots.integral(degree)
+        factors = time_weights(snapshots.times, weights, moments, rates.columns)
+        mean, covariance = equations(snapshots, rates, factors)
+        if self.learned:
+            still = exceeded(*quadratic_form(mean[:, 0], covariance[:, 0, :, 0]), snapshots.points)
+            if still > CHANCE:
+                raise UserError(
+                    f"the law of the samples does not change in time beyond chance (p = {still:.2g}), so that they do "
+                    "not tell the scale of time: give the diffusion, or samples on the way to the stationary law"
+                )
+        weight = covariance.sum((1, 3)) + ACCURACY**2 / span * gram(snapshots, test_functions, scale, moments)
+        self.white = whitening(weight)
+        self.fixed = self.white @ (mean[:, 0] if self.learned else mean.sum(1))
+        self.factors = factors[:, :, 1]
+
+    def residuals(self, network: nn.Module, x: Tensor) -> Tensor:
+        """Weighed residuals r (B, R) of examples (B, K, d)."""
+        points, t = x.flatten(0, 1), self.times.to(x).repeat(len(x))
+        out = network(points, t)
+        if self.learned == isinstance(out, Tensor):
+            raise UserError(
+                "the network returns f alone and no diffusion is given, or both f and g where one is: expected "
+                "WeakMatching to be given g, or a network that returns (f, g)"
+            )
+        if self.learned:
+            f, g = out
+            rate = self.test_functions.rate(points, f, g @ g.mT if g.dim() == 3 else g.square())
+        else:
+            rate = self.test_functions.slope(points, out)
+        rate = torch.einsum("km,bkf->bmf", self.factors.to(x), rate.view(*x.shape[:2], -1))
+        return self.fixed.to(x) + rate.flatten(1) @ self.white.T.to(x)
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
-        """r_i times the mean of the other r_j, (B, functions)."""
+        """r_i times the mean of the other r_j, (B, R)."""
         x = batch.x
         if x.dim() != 3 or x.shape[1] != len(self.times) or len(x) < 2:
-            expected = f"two or more of ({len(self.times)}, {len(self.centre)})"
+            expected = f"two or more of ({len(self.times)}, d)"
             raise UserError(f"examples have shape {tuple(x.shape)}, expected {expected}: one point of each time")
-        random = batch.generator
-        phi = RandomFourier.drawn(
-            self.centre.to(random.device),
-            self.scale.to(random.device),
-            self.functions,
-            random,
-            self.shortest,
-            self.longest,
-        )
-        ends, inner = self._time_factors(random)
-        points = x.flatten(0, 1)
-        t = self.times.to(x).repeat(len(x))
-        with torch.no_grad():
-            noise = torch.stack([self._curvature(phi, x[:, k], k) for k in range(x.shape[1])], 1)
-            value = phi.value(points).view_as(noise)
-        slope = phi.slope(points, network(points, t)).view_as(noise)
-        residual = (ends.to(x) * value - inner.to(x) * (slope + noise)).sum(1)
-        return residual * (residual.sum(0) - residual) / (len(residual) - 1)
+        r = self.residuals(network, x)
+        return r * (r.sum(0) - r) / (len(r) - 1)
 
-    def _time_factors(self, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(K, functions): what phi and L phi are multiplied with at each time."""
-        options = {"generator": random, "device": random.device}
-        turns = torch.randint(self.half_turns + 1, (self.functions,), **options)
-        phase = math.tau * torch.rand(self.functions, dtype=torch.float64, **options)
-        times, weights = self.times.to(random.device), self.weights.to(random.device)[:, None]
-        rate = math.pi * turns / (times[-1] - times[0])
-        angle = (times - times[0])[:, None] * rate + phase
-        psi = angle.cos()
-        ends = weights * rate * angle.sin()
-        ends[0], ends[-1] = ends[0] - psi[0], ends[-1] + psi[-1]
-        return ends, weights * psi
 
-    def _curvature(self, phi: RandomFourier, x: Tensor, k: int) -> Tensor:
-        return phi.curvature(x, self.equation.covariance(x, self.times[k]))
+def gram(snapshots: Snapshots, phi: TestFunctions, scale: Tensor, moments: int) -> Tensor:
+    """int psi psi' E[grad phi . grad phi'] dt (M F, M F), for x in units of `scale` (d,)."""
+    weights = quadrature(snapshots.times, 1)  # all positive
+    factors = time_weights(snapshots.times, weights, moments, 2)[:, :, 1]
+    total = 0
+    for part, weight, factor in zip(snapshots.parts, weights, factors, strict=True):
+        products = 0
+        for x in part.double().split(max(1, ELEMENTS // phi.number)):
+            for direction in torch.diag(scale).to(x):
+                slope = phi.slope(x, direction.expand_as(x))
+                products = products + slope.T @ slope / len(part)
+        total = total + torch.kron(torch.outer(factor, factor) / weight, products.cpu())
+    return total

@@ -42,3 +42,31 @@ class DriftNetwork(nn.Module):
         t = torch.zeros_like(t) if self.horizon is None else t / self.horizon
         y = (x.to(self.centre) - self.centre) / self.scale
         return (self.body(y, torch.stack([t, t], 1).to(y)) * self.scale).to(x)
+
+
+@recorded
+class ProcessNetwork(nn.Module):
+    """f(x, t) and g of a process, a positive number for each coordinate: `FokkerPlanck(it.drift, it.diffusion)`.
+
+    Args: as those of `DriftNetwork`, in whose units g starts as 1.
+    """
+
+    def __init__(
+        self,
+        centre: Sequence[float],
+        scale: Sequence[float],
+        horizon: float | None = None,
+        width: int = 64,
+        depth: int = 2,
+    ):
+        super().__init__()
+        self.drift = DriftNetwork(centre, scale, horizon, width, depth)
+        self.log_noise = nn.Parameter(torch.zeros(len(scale)))
+
+    def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
+        """g (B, d)."""
+        return (self.log_noise.exp() * self.drift.scale).to(x).expand_as(x)
+
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """f and g, (B, d) each, in the dtype of `x`, for t (B,)."""
+        return self.drift(x, t), self.diffusion(x, t)

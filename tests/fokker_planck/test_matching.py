@@ -1,4 +1,4 @@
-"""The weak form as an objective: unbiased, zero for the right drift, and a drift is learned with it."""
+"""The weak form as an objective: unbiased, zero for the right equation, well conditioned, and equations are learned."""
 
 import math
 
@@ -9,14 +9,13 @@ from diffusion import specs
 from diffusion.errors import UserError
 from diffusion.fokker_planck import FokkerPlanck, problems
 from diffusion.fokker_planck import test_functions as families
-from diffusion.fokker_planck.matching import WeakMatching, paired
+from diffusion.fokker_planck.matching import ACCURACY, WeakMatching, paired
 from diffusion.fokker_planck.snapshots import quadrature
-from diffusion.networks.drift import DriftNetwork
+from diffusion.fokker_planck.weak import weak_residual
+from diffusion.networks.drift import DriftNetwork, ProcessNetwork
 from diffusion.objectives import Batch
 from diffusion.trainer import Trainer
 
-OBJECTIVE = {"functions": 32, "shortest": 1.0, "longest": 8.0, "half_turns": 1}
-TRAINING = {"steps": 400, "batch_size": 256, "learning_rate": 2e-2}
 TIMES = torch.linspace(0, 1, 9, dtype=torch.float64).tolist()
 
 
@@ -25,7 +24,7 @@ def randomness(seed=0):
 
 
 def ou(number, seed=0, dim=1):
-    problem, g = problems.ornstein_uhlenbeck(dim), randomness(seed)
+    problem, g = problems.ornstein_uhlenbeck(dim, start=problems.gaussian(2.0, 0.5, dim)), randomness(seed)
     return torch.stack([problem.law_at(t).sample(number, g) for t in TIMES])
 
 
@@ -33,62 +32,104 @@ def noise(x, t):
     return torch.full_like(x[:, 0], math.sqrt(2.0))
 
 
-def losses(drift, diffusion=noise, number=8000, steps=4, dim=1, **options):
-    x = ou(number, dim=dim)
-    objective, data = WeakMatching(x, TIMES, diffusion, functions=16, **options), x.transpose(0, 1)
-    return torch.stack([objective(drift, Batch(data, None, randomness(s))).mean(0) for s in range(steps)])
+def waves(x, number=16, seed=0, longest=4.0):
+    return families.RandomFourier.adapted(x, number, randomness(seed), 0.5, longest)
 
 
+def examples(x):
+    return Batch(x.transpose(0, 1), None, randomness())
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["given", "learned"])
 @pytest.mark.parametrize("dim", [1, 3])
-def test_only_the_right_equation_has_no_loss(dim):
-    right = losses(lambda x, t: -x, dim=dim)
-    assert float(right.mean().abs()) < 1e-3
-    for drift, diffusion in [
+def test_only_the_right_equation_has_no_loss(dim, learned):
+    x = ou(4000, dim=dim)
+
+    def loss(drift, g):
+        objective = WeakMatching(x, TIMES, waves(x), None if learned else g)
+        network = (lambda x, t: (drift(x, t), g(x, t))) if learned else drift
+        return float(objective(network, examples(x)).mean())
+
+    assert abs(loss(lambda x, t: -x, noise)) < 0.2
+    for drift, g in [
         (lambda x, t: -0.7 * x, noise),
         (lambda x, t: x, noise),
-        (lambda x, t: -x, lambda x, t: 1.2 * noise(x, t)),
-        (lambda x, t: -x * (0.5 + t[:, None]), noise),
+        (lambda x, t: -x, lambda x, t: 1.15 * noise(x, t)),
+        (lambda x, t: -x * (0.6 + 0.8 * t[:, None]), noise),
     ]:
-        wrong = losses(drift, diffusion, dim=dim)
-        assert float(wrong.mean()) > 5 * float(right.abs().mean())
+        assert loss(drift, g) > 0.8
 
 
 def test_the_mean_is_the_square_without_the_variance():
-    """Over small batches it vanishes for the right drift, and agrees with the square of the mean for a wrong one."""
+    """Over small batches it agrees with the square of the mean."""
     x = ou(6000)
-    objective, data = WeakMatching(x, TIMES, noise, functions=8), x.transpose(0, 1)
+    objective, data = WeakMatching(x, TIMES, waves(x, 8), noise), x.transpose(0, 1)
     for factor in (1.0, -1.0):
         drift = lambda x, t, factor=factor: -factor * x  # noqa: E731
-        whole = objective(drift, Batch(data, None, randomness())).mean(0)
+        whole = objective.residuals(drift, data).mean(0).square()
         small = torch.stack([objective(drift, Batch(data[i : i + 10], None, randomness())) for i in range(0, 6000, 10)])
-        assert small.shape == (600, 10, 8)
+        assert small.shape == (600, 10, len(whole))
         each = small.mean(1)
         error = each.std(0) / math.sqrt(len(each))
         assert bool(((each.mean(0) - whole).abs() < 4 * error + 1e-6).all())
-        assert float(each.mean(0).sum()) > 0.1 or factor == 1.0
+        assert float(whole.sum()) > 10 or factor == 1.0
 
 
 def test_it_is_the_product_of_the_residuals_of_two_examples():
     x = ou(2, dim=2)
-    objective = WeakMatching(x, TIMES, lambda x, t: (1 + t)[:, None] * torch.ones_like(x), functions=5, half_turns=2)
-    got = objective(lambda x, t: x**2 - t[:, None], Batch(x.transpose(0, 1), None, randomness(3)))
-    g = randomness(3)
-    phi = families.RandomFourier.drawn(objective.centre, objective.scale, 5, g, 0.5, 4.0)
-    turns = torch.randint(3, (5,), generator=g)
-    phase = math.tau * torch.rand(5, dtype=torch.float64, generator=g)
-    t = torch.tensor(TIMES, dtype=torch.float64)
-    residual = []
-    for i in range(2):
-        value = phi.value(x[:, i])
-        rate = phi.rate(x[:, i], x[:, i] ** 2 - t[:, None], (1 + t) ** 2)
-        psi = (math.pi * turns * t[:, None] + phase).cos()
-        slope = -math.pi * turns * (math.pi * turns * t[:, None] + phase).sin()
-        inner = quadrature(TIMES, 5) @ (slope * value + psi * rate)
-        residual.append(psi[-1] * value[-1] - psi[0] * value[0] - inner)
-    assert torch.allclose(got, (residual[0] * residual[1]).expand(2, 5), atol=1e-12)
+    objective = WeakMatching(x, TIMES, waves(x, 5), lambda x, t: (1 + t)[:, None] * torch.ones_like(x))
+    r = objective.residuals(lambda x, t: x**2 - t[:, None], x.transpose(0, 1))
+    got = objective(lambda x, t: x**2 - t[:, None], examples(x))
+    assert r.shape == (2, len(objective.white)) and torch.allclose(got, (r[0] * r[1]).expand_as(got), atol=1e-12)
 
 
-def test_a_drift_network_is_a_drift_and_is_described(tmp_path):
+def matrix(x, t):
+    return torch.stack([torch.stack([1 + x[:, 0] ** 2, t], 1), torch.stack([t / 2, 2 + 0 * t], 1)], 1)
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["given", "learned"])
+@pytest.mark.parametrize("g", [noise, lambda x, t: 1 + x**2 * t[:, None], matrix], ids=["number", "diagonal", "matrix"])
+def test_residuals_are_those_of_the_weak_form(g, learned):
+    """For psi = 1 those of `weak_residual`, for the next psi those of a sum."""
+    x, drift = ou(500, dim=2), lambda x, t: x**2 - t[:, None]
+    phi = waves(x, 6)
+    objective = WeakMatching(x, TIMES, phi, None if learned else g)
+    got = objective.residuals((lambda x, t: (drift(x, t), g(x, t))) if learned else drift, x.transpose(0, 1)).mean(0)
+    first = weak_residual(x, TIMES, drift, g, phi).residual
+    weights, equation, second = quadrature(TIMES, 5), FokkerPlanck(drift, g), 0
+    for k, t in enumerate(TIMES):
+        psi, end = 2 * t - 1, (t == 1) - (t == 0)
+        rate = psi * phi.rate(x[k], equation.drift(x[k], t), equation.covariance(x[k], t))
+        second = second + ((end * psi - 2 * weights[k]) * phi.value(x[k]) - weights[k] * rate).mean(0)
+    assert torch.allclose(got, objective.white @ torch.cat([first, second]), atol=1e-9 * float(got.abs().max()))
+
+
+def test_the_loss_of_many_samples_is_the_square_error_of_the_drift():
+    """For an error that is a slope of the test functions, in any scale of place."""
+    x = torch.randn(9, 20_000, 2, generator=randomness(), dtype=torch.float64) * torch.tensor([3.0, 0.5])
+    phi = waves(x, 12, longest=1.5)
+    objective = WeakMatching(x, TIMES, phi, noise)
+
+    def error(x, t):  # the gradient of phi_0 in x / scale, in the units of f
+        slopes = [phi.slope(x, e.expand_as(x))[:, 0] for e in torch.diag(phi.scale)]
+        return torch.stack(slopes, 1) * phi.scale
+
+    more, none = (objective.residuals(f, x.transpose(0, 1)).mean(0) for f in (error, lambda x, t: 0 * x))
+    square = (error(x[0], None) / phi.scale).square().sum(1).mean() / ACCURACY**2
+    assert float((more - none).square().sum() / square) == pytest.approx(1, abs=0.06)
+
+
+def test_chance_weighs_less_than_one():
+    """However few the samples, residuals of the right equation are within their standard errors."""
+    squares = []
+    for seed in range(20):
+        x = ou(60, seed)
+        r = WeakMatching(x, TIMES, waves(x, 6, seed), noise).residuals(lambda x, t: -x, x.transpose(0, 1)).mean(0)
+        squares.append(float(r.square().mean()))
+    assert 0.3 < sum(squares) / 20 < 1.3
+
+
+def test_a_drift_network_is_a_drift_and_is_described():
     network = DriftNetwork([1.0, 2.0], [3.0, 0.5], horizon=2.0, width=8, depth=1)
     with torch.no_grad():
         for weight in network.parameters():
@@ -108,21 +149,61 @@ def test_a_drift_network_is_a_drift_and_is_described(tmp_path):
     assert specs.describe(specs.build(network.spec)) == specs.describe(network)
 
 
-def test_the_drift_of_a_double_well_is_learned(tmp_path):
+def test_a_process_network_is_a_drift_and_a_diffusion():
+    network = ProcessNetwork([1.0, 2.0], [3.0, 0.5], width=8, depth=1)
+    x, t = torch.randn(5, 2, dtype=torch.float64, generator=randomness()), torch.zeros(5, dtype=torch.float64)
+    assert network.diffusion(x, t).tolist() == [[3.0, 0.5]] * 5
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.normal_(generator=randomness(1))
+    equation, (f, g) = FokkerPlanck(network.drift, network.diffusion), network(x, t)
+    assert torch.equal(equation.drift(x, 0.0), f) and torch.equal(equation.covariance(x, 0.0), g.square())
+    assert g.dtype == torch.float64 and bool((g > 0).all()) and not torch.equal(g, network.drift.scale.expand_as(g))
+    assert specs.describe(specs.build(network.spec)) == specs.describe(network)
+
+
+def wells(number):
     problem, g = problems.double_well(), randomness()
-    start = problems.gaussian(0.0, 0.35, 1).sample(20_000, g)
-    paths = problem.equation.simulate(start, TIMES, 20, g)
-    samples = torch.stack([part[torch.randperm(20_000, generator=g)] for part in paths])
+    start = problems.gaussian(0.0, 0.35, 1).sample(number, g)
+    paths = problem.equation.simulate(start, TIMES, 40, g)
+    return problem, torch.stack([part[torch.randperm(number, generator=g)] for part in paths])
+
+
+LEARN = {  # the samples, the longest wave, whether the noise is learned, steps; errors of the drift and of g^2
+    "ou": (lambda: (problems.ornstein_uhlenbeck(1), ou(10_000)), 4.0, True, 200, 0.05, 0.05),
+    "well": (lambda: wells(20_000), 8.0, True, 500, 0.12, 0.09),
+    "well, noise given": (lambda: wells(20_000), 8.0, False, 200, 0.09, 0.0),
+}
+
+
+@pytest.mark.parametrize("case", LEARN)
+def test_an_equation_is_learned(case, tmp_path):
+    make, longest, learned, steps, drift_error, noise_error = LEARN[case]
+    problem, samples = make()
     points = samples.flatten(0, 1)
     torch.manual_seed(0)
-    network = DriftNetwork(points.mean(0).tolist(), points.std(0).tolist(), width=32, depth=1)
-    objective = WeakMatching(samples, TIMES, problem.equation.diffusion, **OBJECTIVE)
-    trainer = Trainer(**TRAINING, warmup=20, ema_decay=0.98, checkpoint_every=10_000, log_every=100, device="cpu")
-    learned = trainer.fit(network, objective, paired(samples), tmp_path)
-    x = points[points[:, 0].abs() < points[:, 0].abs().quantile(0.98)]
+    kind = ProcessNetwork if learned else DriftNetwork
+    network = kind(points.mean(0).tolist(), points.std(0).tolist(), width=32, depth=1)
+    given = None if learned else problem.equation.diffusion
+    objective = WeakMatching(samples, TIMES, waves(samples, 32, longest=longest), given)
+    options = {"checkpoint_every": 10_000, "log_every": 100, "device": "cpu"}
+    trainer = Trainer(steps=steps, batch_size=256, learning_rate=2e-2, warmup=20, ema_decay=0.98, **options)
+    found = trainer.fit(network, objective, paired(samples), tmp_path, progress=False)
+    equation = FokkerPlanck(found.drift, found.diffusion) if learned else FokkerPlanck(found, given)
     with torch.no_grad():
-        error = learned(x, torch.zeros(len(x))) - problem.equation.drift(x, 0.0)
-    assert float(error.square().mean().sqrt() / problem.equation.drift(x, 0.0).square().mean().sqrt()) < 0.15
+        error = equation.drift(points, 0.0) - problem.equation.drift(points, 0.0)
+        ratio = equation.covariance(points, 0.0).flatten() / problem.equation.covariance(points, 0.0).flatten()
+    assert (
+        float(error.square().mean().sqrt() / problem.equation.drift(points, 0.0).square().mean().sqrt()) < drift_error
+    )
+    assert float((ratio - 1).abs().max()) <= noise_error
+
+
+def test_noise_is_not_learned_from_samples_of_a_stationary_law():
+    x = torch.randn(9, 2000, 1, generator=randomness(), dtype=torch.float64)
+    with pytest.raises(UserError, match=r"does not change in time beyond chance \(p = 0\.\d+\)"):
+        WeakMatching(x, TIMES, waves(x))
+    assert float(WeakMatching(x, TIMES, waves(x), noise)(lambda x, t: -x, examples(x)).mean()) < 0.5
 
 
 def test_paired_data_are_examples_of_all_times():
@@ -130,14 +211,20 @@ def test_paired_data_are_examples_of_all_times():
     assert data.values.shape == (3, 3, 2) and data.values[0, :, 0].tolist() == [0, 1, 2]
 
 
+def call(network, **options):
+    x = ou(40)
+    return lambda: WeakMatching(x, TIMES, waves(x), **options)(network, examples(x))
+
+
 BAD = {
-    "times": (lambda: WeakMatching(ou(4), TIMES[:-1], noise), "9 snapshots and 8 times"),
-    "functions": (lambda: WeakMatching(ou(4), TIMES, noise, functions=0), "functions=0"),
-    "turns": (lambda: WeakMatching(ou(4), TIMES, noise, half_turns=-1), "half_turns=-1"),
+    "times": (lambda: WeakMatching(ou(4), TIMES[:-1], waves(ou(4)), noise), "9 snapshots and 8 times"),
+    "moments": (call(None, diffusion=noise, time_moments=9), "time_moments=9, expected 1 to 8"),
     "examples": (
-        lambda: WeakMatching(ou(4), TIMES, noise)(lambda x, t: x, Batch(torch.zeros(4, 3, 1), None, randomness())),
+        lambda: WeakMatching(ou(4), TIMES, waves(ou(4)), noise)(None, Batch(torch.zeros(4, 3, 1), None, randomness())),
         r"\(4, 3, 1\)",
     ),
+    "no noise": (call(lambda x, t: x), "f alone and no diffusion"),
+    "two noises": (call(lambda x, t: (x, x), diffusion=noise), "both f and g where one is"),
     "scale": (lambda: DriftNetwork([0.0], [0.0]), "scales from 0"),
     "horizon": (lambda: DriftNetwork([0.0], [1.0], horizon=0.0), "horizon=0"),
 }

@@ -1,5 +1,6 @@
 """Samplers tuned to a model: better on noise that they were not tuned on, kept beside the checkpoint."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -62,6 +63,7 @@ def test_fresh_draws_judge():
     tuned = tune(model, draw, 4, trajectories=5, rounds=1)
     assert [number for number, _ in asked] == [5, 20]
     fresh = asked[1][1]
+    assert not fresh[:5].equal(asked[0][1])
     away = tuned.sampler(model, fresh) - REFERENCE(model, fresh)
     assert tuned.error == pytest.approx(float(away.square().mean(1).sqrt().median()))
 
@@ -147,6 +149,7 @@ def test_nothing_changed_is_the_sampler_itself():
     x_T = draws(model)(9, torch.Generator().manual_seed(0))[0]
     same = _changed(start, torch.zeros(6 + sum(map(sum, start.shapes())), dtype=torch.float64))
     torch.testing.assert_close(same(model, x_T), start(model, x_T), rtol=1e-12, atol=1e-12)
+    assert _changed(start, torch.eye(6)[5]).std == pytest.approx(math.e * 0.7)
 
 
 def test_each_factor_is_of_one_weight(found):
