@@ -92,6 +92,8 @@ def test_a_sampler_that_ends_with_the_estimate_is_tuned_as_such():
     tuned = tune(model, draws(model), 5, trajectories=48, rounds=3, denoise=True)
     assert tuned.sampler.denoise
     assert tuned.error < 0.9 * tuned.default_error
+    fresh = _Problem(model, replace(REFERENCE, denoise=True), *draws(model)(200, torch.Generator().manual_seed(9)))
+    assert tuned.error == pytest.approx(float(fresh.errors(tuned.sampler).median()), rel=0.3)
 
 
 def test_the_better_order_wins_where_there_are_many_evaluations():
