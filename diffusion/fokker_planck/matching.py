@@ -49,8 +49,8 @@ class WeakMatching:
 
     Args:
         samples, times, paths, degree: as in `weak_residual`.
-        test_functions: many more, times `time_moments`, than a simple drift would have coefficients: in d dimensions
-            some 64 for each. They should vary over the lengths over which the drift does.
+        test_functions: fixed, so more of them, times `time_moments`, than the unknowns of the drift: 32 to 64 waves on
+            a line, 128 in 3 dimensions. The shortest should vary over the lengths over which the drift does.
         diffusion: g, as in `FokkerPlanck`; None where the network learns it.
         time_moments: number of polynomials psi; 2 or K - 1, unless given.
 

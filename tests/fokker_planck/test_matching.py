@@ -93,10 +93,10 @@ def test_residuals_are_those_of_the_weak_form(g, learned):
     """For psi = 1 those of `weak_residual`, for the next psi those of a sum."""
     x, drift = ou(500, dim=2), lambda x, t: x**2 - t[:, None]
     phi = waves(x, 6)
-    objective = WeakMatching(x, TIMES, phi, None if learned else g)
+    objective = WeakMatching(x, TIMES, phi, None if learned else g, degree=3)
     got = objective.residuals((lambda x, t: (drift(x, t), g(x, t))) if learned else drift, x.transpose(0, 1)).mean(0)
-    first = weak_residual(x, TIMES, drift, g, phi).residual
-    weights, equation, second = quadrature(TIMES, 5), FokkerPlanck(drift, g), 0
+    first = weak_residual(x, TIMES, drift, g, phi, degree=3).residual
+    weights, equation, second = quadrature(TIMES, 3), FokkerPlanck(drift, g), 0
     for k, t in enumerate(TIMES):
         psi, end = 2 * t - 1, (t == 1) - (t == 0)
         rate = psi * phi.rate(x[k], equation.drift(x[k], t), equation.covariance(x[k], t))
@@ -104,18 +104,20 @@ def test_residuals_are_those_of_the_weak_form(g, learned):
     assert torch.allclose(got, objective.white @ torch.cat([first, second]), atol=1e-9 * float(got.abs().max()))
 
 
-def test_the_loss_of_many_samples_is_the_square_error_of_the_drift():
-    """For an error that is a slope of the test functions, in any scale of place."""
+@pytest.mark.parametrize("paths", [False, True], ids=["many snapshots", "paths at rest"])
+def test_without_chance_the_loss_is_the_square_error_of_the_drift(paths):
+    """For an error that is a slope of the test functions, in any scale of place and time."""
     x = torch.randn(9, 20_000, 2, generator=randomness(), dtype=torch.float64) * torch.tensor([3.0, 0.5])
+    x = x[:1, :500].expand(9, -1, -1) if paths else x
     phi = waves(x, 12, longest=1.5)
-    objective = WeakMatching(x, TIMES, phi, noise)
+    objective = WeakMatching(x, [4 * t for t in TIMES], phi, 0.0 if paths else noise, paths=paths)
 
     def error(x, t):  # the gradient of phi_0 in x / scale, in the units of f
         slopes = [phi.slope(x, e.expand_as(x))[:, 0] for e in torch.diag(phi.scale)]
         return torch.stack(slopes, 1) * phi.scale
 
     more, none = (objective.residuals(f, x.transpose(0, 1)).mean(0) for f in (error, lambda x, t: 0 * x))
-    square = (error(x[0], None) / phi.scale).square().sum(1).mean() / ACCURACY**2
+    square = (4 * error(x[0], None) / phi.scale).square().sum(1).mean() / ACCURACY**2
     assert float((more - none).square().sum() / square) == pytest.approx(1, abs=0.06)
 
 
@@ -156,6 +158,7 @@ def test_a_process_network_is_a_drift_and_a_diffusion():
     with torch.no_grad():
         for weight in network.parameters():
             weight.normal_(generator=randomness(1))
+        network.log_noise.fill_(-1.5)
     equation, (f, g) = FokkerPlanck(network.drift, network.diffusion), network(x, t)
     assert torch.equal(equation.drift(x, 0.0), f) and torch.equal(equation.covariance(x, 0.0), g.square())
     assert g.dtype == torch.float64 and bool((g > 0).all()) and not torch.equal(g, network.drift.scale.expand_as(g))
