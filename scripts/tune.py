@@ -29,12 +29,18 @@ def main(config: DictConfig) -> None:
         x_T = x_T.to(generator.device, state_dtype(generator.device))
         if not generator.num_classes:
             return x_T, {}
-        return x_T, {"label": (torch.arange(number) % generator.num_classes).to(generator.device)}
+        label = (
+            torch.arange(number) * generator.num_classes // number
+            if number < generator.num_classes
+            else torch.arange(number)
+        )
+        return x_T, {"label": (label % generator.num_classes).to(generator.device)}
 
-    with tqdm(unit="solutions", leave=False) as bar:
+    with tqdm(unit=" solutions", desc="exact solutions", leave=False) as bar:
 
         def show(done: int, total: int, error: float) -> None:
             bar.total = total
+            bar.set_description("tuning", refresh=False)
             bar.set_postfix(error=f"{error:.2e}", refresh=False)
             bar.update(done - bar.n)
 
@@ -43,6 +49,8 @@ def main(config: DictConfig) -> None:
     path = store_tuned(config.checkpoint, found)
     with contextlib.suppress(OSError):
         run_folder().rmdir()  # all that is left is in the checkpoint
+    if found.error == found.default_error:
+        print(f"nothing better was found than the default, sampler=multistep sampler.steps={config.nfe}")
     print(f"{config.nfe} evaluations: median error on fresh draws {found.error:.3g}, untuned {found.default_error:.3g}")
     print(f"{path}; use it with sampler=tuned sampler.nfe={config.nfe}")
 

@@ -34,15 +34,16 @@ def _semidefinite(a: Tensor, x: Tensor) -> Tensor:
     Raises:
         UserError: it is not symmetric, or not positive semi-definite, at some point.
     """
+    checked = a.detach()
     if a.dim() < 3:
-        if not bool((a >= 0).all()):
-            raise UserError(f"the covariance has {float(a.min()):.3g} somewhere, expected 0 or more")
+        if not bool((checked >= 0).all()):
+            raise UserError(f"the covariance has {float(checked.min()):.3g} somewhere, expected 0 or more")
         return a
-    skew = float((a - a.mT).abs().max())
-    if skew > 1e-8 * float(a.abs().max()):
+    skew = float((checked - checked.mT).abs().max())
+    if skew > 1e-8 * float(checked.abs().max()):
         raise UserError(f"the covariance is not symmetric: it differs by {skew:.3g}")
-    least = torch.linalg.eigvalsh(a.detach())[:, 0]
-    if float(least.min()) < -1e-10 * float(a.abs().max()):
+    least = torch.linalg.eigvalsh(checked)[:, 0]
+    if float(least.min()) < -1e-10 * float(checked.abs().max()):
         at = x[int(least.argmin())].tolist()
         raise UserError(
             f"the covariance has the eigenvalue {float(least.min()):.3g} at x={at}, expected it to be positive "

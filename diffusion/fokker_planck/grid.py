@@ -109,7 +109,7 @@ class GridSolver:
         values = self.box.averages(law.log_prob)
         mass = float(values.sum()) * self.box.volume
         if not math.isfinite(mass):
-            bad = int((~torch.isfinite(values)).nonzero()[0, 0])
+            bad = int(values.nan_to_num(math.inf).argmax())
             raise UserError(f"the density at the start is not finite near x={self.box.centres[bad].tolist()}")
         if abs(mass - 1) > lost:
             raise UserError(
@@ -195,7 +195,7 @@ class GridSolver:
             return self.density(start).reshape(1, -1), True
         if tuple(start.shape[-len(cells) :]) != cells or start.dim() > len(cells) + 1 or start.numel() == 0:
             raise UserError(f"the start has shape {tuple(start.shape)}, expected {cells} or (B, {str(cells)[1:]}")
-        values = start.to(self.box.device, torch.float64).reshape(-1, self.box.number)
+        values = start.detach().to(self.box.device, torch.float64).reshape(-1, self.box.number)
         if not bool(torch.isfinite(values).all()) or not bool((values >= 0).all()) or not bool(values.any(1).all()):
             raise UserError(
                 f"the start has values from {float(values.min()):.3g} to {float(values.max()):.3g}, expected finite "

@@ -21,7 +21,7 @@ CHECKED_EVERY = 8  # terms
 FEW_JUMPS = 64  # for which uniformisation is as cheap as the series
 CHUNK = 256.0  # jumps by uniformisation, before the series is tried again
 POLES = 28, 24  # of the rational approximation, and of the one that it is compared with
-BATCH = 64  # states for which all poles are taken at once
+BATCH = 2**18  # numbers in states for which all poles are taken at once
 AGREEMENT = 1e-11  # of the two, relative to the mass; the finer is better by two digits, unless rounding is reached
 
 
@@ -127,7 +127,7 @@ class JumpProcess:
         diagonal, lost = -duration * self.exit.numpy(), duration * self.jumps.lost.numpy()
         poles, weights = _rules(self.absorbing)
         values, parts = state.numpy(), []
-        for start in np.array_split(values[:, :n].T, math.ceil(len(values) / BATCH), 1):
+        for start in np.array_split(values[:, :n].T, min(len(values), math.ceil(values.size / BATCH)), 1):
             found = _resolvents(poles, duration * up.numpy(), diagonal, duration * down.numpy(), start)
             parts.append((weights @ found.reshape(len(poles), -1)).real.reshape(len(weights), *start.shape))
         results = np.concatenate(parts, 2) if len(parts) > 1 else parts[0]

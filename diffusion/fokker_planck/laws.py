@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -50,23 +49,19 @@ class GaussianMixture:
         gaps = self.means - self.mean
         return torch.einsum("k,kij->ij", self.weights, self.covariances + gaps[:, :, None] * gaps[:, None])
 
-    @cached_property
+    @property
     def _roots(self) -> Tensor:
         """(K, d, d), of Cholesky."""
         return torch.linalg.cholesky(self.covariances)
-
-    @cached_property
-    def _log_heights(self) -> Tensor:
-        """(K,), of the weighted densities at their means."""
-        scales = self._roots.diagonal(dim1=1, dim2=2).log().sum(1) + self.dim * math.log(math.tau) / 2
-        return self.weights.log() - scales
 
     def log_prob(self, x: Tensor) -> Tensor:
         if x.shape[1] != self.dim:
             raise UserError(f"points have shape {tuple(x.shape)}, expected (N, {self.dim})")
         gaps = x.T - self.means.to(x)[:, :, None]
-        distances = torch.linalg.solve_triangular(self._roots.to(x), gaps, upper=False).square().sum(1)
-        logs = self._log_heights.to(x)[:, None] - distances / 2
+        roots = self._roots
+        distances = torch.linalg.solve_triangular(roots.to(x), gaps, upper=False).square().sum(1)
+        scales = roots.diagonal(dim1=1, dim2=2).log().sum(1) + self.dim * math.log(math.tau) / 2
+        logs = (self.weights.log() - scales).to(x)[:, None] - distances / 2
         return logs.logsumexp(0) if len(logs) > 1 else logs[0]
 
     def sample(self, number: int, generator: torch.Generator | None = None) -> Tensor:

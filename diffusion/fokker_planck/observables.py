@@ -89,7 +89,7 @@ def steepness(box: Box, jumps: Jumps) -> Tensor:
     steepest = torch.zeros(box.dim, box.number, dtype=torch.float64, device=box.device)
     for e, rates in jumps.rates.items():
         found = box.neighbours(e)
-        change = torch.where(found.inside, (rates[0] / rates[1]).log().abs(), 0.0)
+        change = torch.where(found.inside, rates.clamp_min(SMALLEST).log().diff(dim=0)[0].abs(), 0.0)
         change = torch.maximum(change, torch.zeros_like(change).scatter_reduce(0, found.target, change, "amax"))
         for axis, step in enumerate(e):
             if step:

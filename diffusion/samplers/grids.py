@@ -96,6 +96,10 @@ class BandGrid(Grid):
     def __post_init__(self):
         if not 0 < self.low < self.high:
             raise UserError(f"BandGrid has low={self.low} and high={self.high}, expected 0 < low < high")
+        if self.shares is not None:
+            shares = torch.tensor(self.shares, dtype=torch.float64)
+            if not (shares[0] == 0 and shares[-1] == 1 and bool((shares.diff() > 0).all())):
+                raise UserError(f"BandGrid has shares={self.shares}, expected numbers rising from 0 to 1")
 
     def __call__(self, field: Field, points: int) -> Tensor:
         return self.rows(field, points, torch.ones(1, 1, dtype=torch.float64))[0]

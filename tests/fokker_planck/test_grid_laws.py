@@ -174,7 +174,7 @@ def test_networks_with_parameters(dim, boundary):
     """A drift, a noise and a law that carry gradients are solved like those without."""
     layer, noise = (torch.nn.Parameter(torch.eye(dim, dtype=torch.float64) + 0.2 * more) for more in (0, 1))
     start = gaussian(0.5, 0.6, dim)
-    learned = GaussianMixture(start.weights, torch.nn.Parameter(start.means), start.covariances)
+    learned = GaussianMixture(*(torch.nn.Parameter(part) for part in (start.weights, start.means, start.covariances)))
     found = []
     for weight, g, law in ((layer, noise, learned), (layer.detach(), noise.detach(), start)):
         equation = FokkerPlanck(
@@ -184,3 +184,5 @@ def test_networks_with_parameters(dim, boundary):
         grid = GridSolver(equation, [(-6.0, 6.0)] * dim, 48, boundary)
         found.append(grid.solve(law, [0.0, 0.5]).density)
     assert not found[0].requires_grad and torch.equal(*found)
+    again = grid.solve(found[1][0].requires_grad_(), [0.0, 0.5]).density
+    torch.testing.assert_close(again, found[1].detach(), rtol=1e-12, atol=1e-14)

@@ -186,3 +186,18 @@ def test_gaussian():
         assert law.mean.tolist() == [1.5, 1.5]
         assert torch.equal(law.covariance, 0.25 * torch.eye(2, dtype=torch.float64))
     assert gaussian(0.0, 1.0).dim == 1
+
+
+def test_the_parameters_of_a_mixture_can_be_learned():
+    """Nothing is kept from one call to the next."""
+    x = torch.tensor([[0.3, -0.2], [1.0, 2.0]], dtype=torch.float64)
+    law = gaussian(0.5, 0.6, 2)
+    covariances = torch.nn.Parameter(law.covariances.clone())
+    learned = GaussianMixture(law.weights, law.means, covariances)
+    for scale in (1.0, 2.0):
+        with torch.no_grad():
+            covariances.copy_(scale * law.covariances)
+        found = learned.log_prob(x)
+        found.sum().backward()
+        exact = torch.distributions.MultivariateNormal(law.means[0], scale * law.covariances[0]).log_prob(x)
+        torch.testing.assert_close(found.detach(), exact)

@@ -246,3 +246,9 @@ def test_bad_values_are_refused(options, texts, user_error):
 def test_particles_that_are_not_finite_are_refused(user_error):
     with user_error("particles have entries that are not finite"):
         SinkhornDivergence(draws(5, 2, 0)).velocity(draws(4, 2, 1) / 0)
+
+
+def test_rounding_that_hides_the_marginals_is_warned_of():
+    x, y = draws(50, 64, 0).float(), 1 + draws(50, 64, 1).float()
+    with pytest.warns(UserWarning, match="float32 .* can be right to .*e-0. only, expected 1e-04"):
+        SinkhornDivergence(y, 0.1).velocity(x)

@@ -60,3 +60,9 @@ def test_rho_is_positive(rho, user_error):
         PowerGrid(rho)(variance_exploding(), 5)
     with user_error(f"rho={rho}"):
         SigmaGrid(rho)(variance_exploding(), 5)
+
+
+@pytest.mark.parametrize("shares", [(0.0, 0.6, 0.4, 1.0), (0.1, 0.5, 1.0), (0.0, 0.5, 0.9), (0.0, float("nan"), 1.0)])
+def test_shares_rise_from_0_to_1(shares, user_error):
+    with user_error("shares=", "rising from 0 to 1"):
+        BandGrid(0.1, 5.0, shares)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from problems import mixture
 
+from diffusion.errors import UserError
 from diffusion.fields import gravity, linear
 from diffusion.samplers import BandGrid, Captured, Counted, Multistep, Tuned, store_tuned, tune, tuned_sampler, tuning
 from diffusion.samplers.tuning import REFERENCE, _changed, _fitted, _mean, _Problem
@@ -103,12 +104,35 @@ def test_the_better_order_wins_where_there_are_many_evaluations():
     assert tuned.sampler.order == 4 and tuned.error < tuned.default_error
 
 
+@pytest.mark.parametrize(("nfe", "orders"), [(2, [1]), (3, [2]), (10, [2, 3]), (11, [2, 4])])
+def test_two_orders_are_tried(nfe, orders, monkeypatch):
+    model, tried = mixture(linear(2)), []
+    monkeypatch.setattr(tuning, "_fitted", lambda start, *args: tried.append(start.order) or start)
+    tune(model, draws(model), nfe, trajectories=4)
+    assert tried == orders
+
+
+@pytest.mark.parametrize("call", [8, 35])
+def test_a_trial_that_fails_is_passed_over(call, monkeypatch):
+    """The eighth solution is for a derivative, the thirty-fifth a trial of the first round."""
+    model, calls, residuals = mixture(linear(2)), itertools.count(1), _Problem.residuals
+
+    def sometimes(problem, sampler):
+        if next(calls) == call:
+            raise UserError("the velocity is not finite")
+        return residuals(problem, sampler)
+
+    monkeypatch.setattr(_Problem, "residuals", sometimes)
+    tuned = tune(model, draws(model), 6, trajectories=16, rounds=1)
+    assert tuned.error <= tuned.default_error
+
+
 def test_progress_is_told_of_every_solution(found):
     model, told = mixture(linear(2)), []
     tune(model, draws(model), 2, trajectories=4, rounds=2, progress=lambda *state: told.append(state))
     done, totals, errors = zip(*told, strict=True)
     assert list(done) == list(range(1, len(told) + 1))
-    assert set(totals) == {2 * (2 + 1 + 4 + 4)} and len(told) <= totals[0]  # gaps, scale, weights and dampings
+    assert set(totals) == {2 * (2 + 1 + 4 + 6)} and len(told) <= totals[0]  # gaps, scale, weights and dampings
     assert list(errors) == sorted(errors, reverse=True) and len(set(errors)) <= 2
 
 
@@ -175,7 +199,7 @@ def test_a_recording_keeps_the_factors(found):
 
 
 def test_factors_that_do_not_fit_are_refused(user_error):
-    with user_error("factors", "expected as many as weights", "(0, 1)"):
+    with user_error("factors", "expected as many as it has weights", "(0, 1)"):
         Multistep(2, 1, factors=(((), (1.0,)), ((1.0,), (1.0,))))
 
 

@@ -104,6 +104,9 @@ class Sum(Functional):
     def fitted(self, particles, generator=None):
         return Sum(tuple(Term(weight, part.fitted(particles, generator)) for weight, part in self.parts))
 
+    def relative(self):
+        return Sum(tuple(Term(weight, part.relative()) for weight, part in self.parts))
+
 
 def points_of(particles: Tensor, dim: int | None = None) -> Tensor:
     """Particles (N, *shape) as points (N, d).

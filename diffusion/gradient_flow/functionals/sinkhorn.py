@@ -119,8 +119,8 @@ class SinkhornDivergence(Functional):
         data = None if self.start is None else self.start.data.to(x)
         solved = [self._solve(x, y, data)]
         if self.own:
-            known = self.start is not None and len(self.start.own) == len(x)
-            solved.append(self._solve(x, x, self.start.own.to(x) if known else None))
+            own = None if self.start is None else self.start.own
+            solved.append(self._solve(x, x, own.to(x) if own is not None and len(own) == len(x) else None))
         return solved
 
     def _solve(self, x: Tensor, y: Tensor, start: Tensor | None) -> tuple[Transport, Tensor]:

@@ -14,6 +14,8 @@ from diffusion.gradient_flow.functionals.kernels import spread
 SWEEPS = 50
 PLAIN = 10
 LEAST = 1e-6
+ROUNDED = 1e-3
+"""Errors of the marginals by rounding that are passed over."""
 SUBSET = 1000
 """Points of each set whose transport is annealed."""
 
@@ -75,6 +77,12 @@ class Transport:
         """
         g = self._annealed(scaling) if g is None else g
         floor, relaxation = self._floor(tolerance), 1.0
+        if floor > max(ROUNDED, tolerance):
+            warnings.warn(
+                f"in {g.dtype} the marginals of the Sinkhorn divergence can be right to {floor:.1e} only, expected "
+                f"{tolerance:.0e}; give it a larger blur, or double precision",
+                stacklevel=3,
+            )
         for done in range(0, iterations, SWEEPS):
             before, f = g, self.softmin(g)
             g = (f + g) / 2 if self.own else self._back(f)
