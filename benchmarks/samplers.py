@@ -194,6 +194,7 @@ def main() -> None:
     for library, reason in missing.items():
         print(f"{library} cannot be imported ({reason}): left out")
     results, started = {}, time.perf_counter()
+    setting = {"torch": torch.__version__, "mixture_seed": chosen.mixture_seed, "number": chosen.number}
     for name in chosen.cases:
         case = mixtures.named(name, chosen.number, chosen.mixture_seed)
         cells = {nfe: cell(case, methods, nfe, chosen.borrowed, chosen.tuned) for nfe in chosen.nfe}
@@ -201,9 +202,8 @@ def main() -> None:
         between = {end: errors(getattr(case, end), case.denoised)["median"] for end in ("state", "limit")}
         result = {"reference_uncertainty": case.uncertainty, "median_from_denoised": between, "fixed": cells}
         results[name] = result | {"adaptive": adaptive(case, missing)}
+        chosen.json.write_text(json.dumps(setting | {"missing": missing, "cases": results}, indent=1) + "\n")
     print(f"\n{verdict(results)}\n{time.perf_counter() - started:.0f} s")
-    setting = {"torch": torch.__version__, "mixture_seed": chosen.mixture_seed, "number": chosen.number}
-    chosen.json.write_text(json.dumps(setting | {"missing": missing, "cases": results}, indent=1) + "\n")
     print(f"figures: {chosen.json.name}")
 
 

@@ -29,12 +29,8 @@ def main(config: DictConfig) -> None:
         x_T = x_T.to(generator.device, state_dtype(generator.device))
         if not generator.num_classes:
             return x_T, {}
-        label = (
-            torch.arange(number) * generator.num_classes // number
-            if number < generator.num_classes
-            else torch.arange(number)
-        )
-        return x_T, {"label": (label % generator.num_classes).to(generator.device)}
+        label = torch.linspace(0, generator.num_classes, number + 1)[:-1].long()  # even shares of the classes
+        return x_T, {"label": label.to(generator.device)}
 
     with tqdm(unit=" solutions", desc="exact solutions", leave=False) as bar:
 

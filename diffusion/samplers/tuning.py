@@ -18,7 +18,7 @@ from diffusion.samplers.multistep import Multistep
 FILE = "tuned.yaml"
 REFERENCE = Multistep(steps=128)
 FEW = 10  # evaluations up to which the weights too are tuned: what that costs grows with the square of the evaluations
-RESIDUALS = 4096  # coordinates of all trajectories together, at least
+RESIDUALS = 1024  # coordinates of all trajectories together, at least
 CHANGE, DAMPING = (
     0.01,
     (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0),
@@ -58,7 +58,7 @@ def tune(
         draw: draw(number, generator) -> prior draws (number, *shape) and the conditions that go with them.
         nfe: evaluations, 2 or more.
         trajectories: number to tune on; four times as many fresh ones are drawn to report on. None is 64, or as many as
-            have 4096 coordinates together.
+            have 1024 coordinates together.
         rounds: at most; they end where one gains less than 3 %.
         denoise: tune a sampler that ends with the field's estimate at t_min (see Multistep).
         progress: called after each solution with how many there have been, how many there may be, and the error.
