@@ -48,20 +48,14 @@ class DriftNetwork(nn.Module):
 class ProcessNetwork(nn.Module):
     """f(x, t) and g of a process, a positive number for each coordinate: `FokkerPlanck(it.drift, it.diffusion)`.
 
-    Args: as those of `DriftNetwork`, in whose units g starts as 1.
+    Args:
+        drift: f, in whose units of x the noise starts as 1.
     """
 
-    def __init__(
-        self,
-        centre: Sequence[float],
-        scale: Sequence[float],
-        horizon: float | None = None,
-        width: int = 64,
-        depth: int = 2,
-    ):
+    def __init__(self, drift: DriftNetwork):
         super().__init__()
-        self.drift = DriftNetwork(centre, scale, horizon, width, depth)
-        self.log_noise = nn.Parameter(torch.zeros(len(scale)))
+        self.drift = drift
+        self.log_noise = nn.Parameter(torch.zeros(len(drift.scale)))
 
     def diffusion(self, x: Tensor, t: Tensor) -> Tensor:
         """g (B, d)."""

@@ -152,7 +152,7 @@ def test_a_drift_network_is_a_drift_and_is_described():
 
 
 def test_a_process_network_is_a_drift_and_a_diffusion():
-    network = ProcessNetwork([1.0, 2.0], [3.0, 0.5], width=8, depth=1)
+    network = ProcessNetwork(DriftNetwork([1.0, 2.0], [3.0, 0.5], width=8, depth=1))
     x, t = torch.randn(5, 2, dtype=torch.float64, generator=randomness()), torch.zeros(5, dtype=torch.float64)
     assert network.diffusion(x, t).tolist() == [[3.0, 0.5]] * 5
     with torch.no_grad():
@@ -185,8 +185,8 @@ def test_an_equation_is_learned(case, tmp_path):
     problem, samples = make()
     points = samples.flatten(0, 1)
     torch.manual_seed(0)
-    kind = ProcessNetwork if learned else DriftNetwork
-    network = kind(points.mean(0).tolist(), points.std(0).tolist(), width=32, depth=1)
+    network = DriftNetwork(points.mean(0).tolist(), points.std(0).tolist(), width=32, depth=1)
+    network = ProcessNetwork(network) if learned else network
     given = None if learned else problem.equation.diffusion
     objective = WeakMatching(samples, TIMES, waves(samples, 32, longest=longest), given)
     options = {"checkpoint_every": 10_000, "log_every": 100, "device": "cpu"}
