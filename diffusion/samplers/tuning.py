@@ -19,10 +19,8 @@ FILE = "tuned.yaml"
 REFERENCE = Multistep(steps=128)
 FEW = 10  # evaluations up to which the weights too are tuned: what that costs grows with the square of the evaluations
 RESIDUALS = 1024  # coordinates of all trajectories together, at least
-CHANGE, DAMPING = (
-    0.01,
-    (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0),
-)  # of an unknown, for its derivative; of a round, the best is taken
+CHANGE = 0.01  # of an unknown, for its derivative
+DAMPING = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # of a round; the best is taken
 GAIN = 0.03  # share of the error that a round must take away to be followed by another
 
 
@@ -121,9 +119,10 @@ def _fitted(start: Multistep, problem: _Problem, rounds: int, progress: Callable
     def solved(changes: Iterable[Tensor]) -> Iterator[Tensor]:
         for change in changes:
             try:
-                yield problem.residuals(_changed(start, unknowns + change))
+                found = problem.residuals(_changed(start, unknowns + change))
             except (UserError, OverflowError, torch.linalg.LinAlgError):  # steps too long for the model, or for numbers
-                yield torch.full_like(residuals, math.inf)
+                found = torch.full_like(residuals, math.inf)
+            yield found
             progress(least)
 
     for _ in range(rounds):
