@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from diffusion import Generator
-from diffusion.samplers import AdaptiveMultistep, Captured, Counted, generate
+from diffusion.samplers import AdaptiveMultistep, Captured, Counted, Multistep, Tuned, generate
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -153,7 +153,7 @@ def test_resume_auto_finds_the_newest_unfinished_run(run, tmp_path):
     assert status == 0 and "starting afresh" in out
 
 
-def test_conditional_generator_takes_labels(run, tmp_path):
+def test_conditional_generator_takes_labels(run, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     assert run("train", *TINY, "conditional=true", f"hydra.run.dir={folder}")[0] == 0
     checkpoint = f"checkpoint={folder}/checkpoints/last"
@@ -161,6 +161,15 @@ def test_conditional_generator_takes_labels(run, tmp_path):
         assert run("sample", checkpoint, "num_samples=2", "sampler.steps=2", f"label={label}")[0] == 0
     status, _, err = run("sample", checkpoint, "num_samples=2", "label=10")
     assert status == 2 and "label is [10], but this generator expects a class from 0 to 9" in err
+    drawn = []
+
+    def tune(generator, draw, nfe, *args, **kwargs):
+        drawn.append(draw(40, torch.Generator())[1]["label"])
+        return Tuned(Multistep(nfe), 0.1, 0.2)
+
+    monkeypatch.setattr("diffusion.samplers.tune", tune)
+    assert run("tune", checkpoint, "nfe=3")[0] == 0
+    assert drawn[0].bincount().tolist() == [4] * 10  # as many of each class
 
 
 def test_points_are_trained_on_and_drawn(run, tmp_path):
