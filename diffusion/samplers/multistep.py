@@ -76,8 +76,15 @@ class Multistep(OnArc):
             whole(self.order, "order", 1)
         if self.order not in (None, 1, 2, 3, 4):
             raise UserError(f"sampler has order={self.order}, expected 1, 2, 3 or 4, or null")
-        if self.factors is not None and [tuple(map(len, pair)) for pair in self.factors] != self.shapes():
-            raise UserError(f"sampler has factors that do not fit, expected as many as it has weights: {self.shapes()}")
+        if self.factors is not None:
+            try:
+                shapes = [tuple(map(len, pair)) for pair in self.factors]
+            except TypeError:
+                shapes = None
+            if shapes != self.shapes():
+                raise UserError(
+                    f"sampler has factors that do not fit, expected as many as it has weights: {self.shapes()}"
+                )
 
     def plan(self, model: Model, x: Tensor) -> Moves:
         arc = self.arc(model, x)

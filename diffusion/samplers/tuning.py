@@ -5,12 +5,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
 
 from diffusion.errors import UserError
+from diffusion.samplers.arc import data_std
 from diffusion.samplers.base import Model, state_dtype
 from diffusion.samplers.grids import BandGrid
 from diffusion.samplers.multistep import Multistep
@@ -48,8 +50,8 @@ def tune(
     The mean logarithm of the error, over trajectories whose ends are known from a fine solution, falls by the damped
     Gauss-Newton method (Levenberg 1944), from even gaps on. The residuals of each sample are divided by its error (or
     a quarter of the median, if that is more), so that the gradient of their squares is that of the logarithms.
-    Derivatives are differences: a round costs about a solution for each unknown. The order is the better of 2 and 3 up
-    to 10 evaluations, of 2 and 4 beyond.
+    Derivatives are differences: a round costs about half a solution for each unknown, which leaves alone what comes
+    before it. The order is the better of 2 and 3 up to 10 evaluations, of 2 and 4 beyond.
 
     Args:
         model: has `velocity` and `field`.
@@ -86,19 +88,43 @@ def tune(
     return Tuned((default, *found)[best], errors[best], errors[0])
 
 
+class _Kept:
+    """A model that does not evaluate again what a first solution did, for others that start alike."""
+
+    def __init__(self, model: Model):
+        self.model, self.field, self.data_std = model, model.field, data_std(model)
+        self.evaluations, self.number, self.first = [], 0, True
+
+    def begin(self, first: bool) -> None:
+        self.evaluations, self.number, self.first = [] if first else self.evaluations, 0, first
+
+    def velocity(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
+        self.number += 1
+        if not self.first:
+            at, then, velocity = self.evaluations[self.number - 1]
+            if x.equal(at) and t.equal(then):
+                return velocity
+        velocity = self.model.velocity(x, t, **conditions)
+        if self.first:
+            self.evaluations.append((x, t, velocity))
+        return velocity
+
+
 class _Problem:
     """Prior draws and where the ODE leads from them, by a fine solution."""
 
     def __init__(self, model: Model, fine: Multistep, x_T: Tensor, conditions: dict):
-        self.model, self.x_T, self.conditions = model, x_T.to(state_dtype(x_T.device)), conditions
-        self.x_0 = self.end(fine)
+        self.model, self.x_T, self.conditions = _Kept(model), x_T.to(state_dtype(x_T.device)), conditions
+        self.x_0 = fine(model, self.x_T, **conditions)
 
-    def end(self, sampler: Multistep) -> Tensor:
-        return sampler(self.model, self.x_T, **self.conditions)
+    def residuals(self, sampler: Multistep, first: bool = True) -> Tensor:
+        """(B, d), in units that make a row's norm its root mean square.
 
-    def residuals(self, sampler: Multistep) -> Tensor:
-        """(B, d), in units that make a row's norm its root mean square."""
-        away = (self.x_0 - self.end(sampler)).flatten(1)
+        Args:
+            first: false where an earlier one, of the same number of evaluations, may share its start.
+        """
+        self.model.begin(first)
+        away = (self.x_0 - sampler(self.model, self.x_T, **self.conditions)).flatten(1)
         return away / away.shape[1] ** 0.5
 
     def errors(self, sampler: Multistep) -> Tensor:
@@ -107,25 +133,26 @@ class _Problem:
 
 
 def _unknowns(start: Multistep) -> int:
-    """Gaps of the grid, the scale and, where there are few evaluations, factors on the weights."""
-    return start.steps + 1 + (sum(map(sum, start.shapes())) if start.steps <= FEW else 0)
+    """Times, the scale and, where there are few evaluations, factors on the weights."""
+    return start.steps + (sum(map(sum, start.shapes())) if start.steps <= FEW else 0)
 
 
 def _fitted(start: Multistep, problem: _Problem, rounds: int, progress: Callable[[float], None]) -> Multistep:
     """What the damped Gauss-Newton method finds from `start`."""
     unknowns = torch.zeros(_unknowns(start), dtype=torch.float64)
-    identity, residuals = torch.eye(len(unknowns), dtype=torch.float64), problem.residuals(start)
+    identity = torch.eye(len(unknowns), dtype=torch.float64)
 
     def solved(changes: Iterable[Tensor]) -> Iterator[Tensor]:
         for change in changes:
             try:
-                found = problem.residuals(_changed(start, unknowns + change))
+                found = problem.residuals(_changed(start, unknowns + change), first=False)
             except (UserError, OverflowError, torch.linalg.LinAlgError):  # steps too long for the model, or for numbers
                 found = torch.full_like(residuals, math.inf)
             yield found
             progress(least)
 
     for _ in range(rounds):
+        residuals = problem.residuals(_changed(start, unknowns))
         errors = residuals.norm(dim=1)
         least = _mean(errors)
         trust = errors.clamp_min(errors.median() / 4 + 1e-12).reciprocal()[:, None]
@@ -136,12 +163,11 @@ def _fitted(start: Multistep, problem: _Problem, rounds: int, progress: Callable
             break
         unit = curvature.diagonal().mean().clamp_min(1e-30) * identity
         changes = [torch.linalg.solve(curvature + damping * unit, downhill) for damping in DAMPING]
-        trials = list(solved(changes))
-        means = [_mean(trial.norm(dim=1)) for trial in trials]
+        means = [_mean(trial.norm(dim=1)) for trial in solved(changes)]
         best = means.index(min(means))
         if not means[best] < (1 - GAIN) * least:
             break
-        unknowns, residuals = unknowns + changes[best], trials[best]
+        unknowns = unknowns + changes[best]
     return _changed(start, unknowns)
 
 
@@ -151,14 +177,18 @@ def _mean(errors: Tensor) -> float:
 
 
 def _changed(start: Multistep, unknowns: Tensor) -> Multistep:
-    """With other logarithms of gaps (steps,), logarithm of the scale (1,) and factors (all or none), as changes."""
-    steps = start.steps
-    gaps = torch.tensor(start.grid.shares, dtype=torch.float64).diff() * unknowns[:steps].exp()
-    shares = (0.0, *(gaps.cumsum(0) / gaps.sum()).tolist()[:-1], 1.0)
-    values, factors = iter((1 + unknowns[steps + 1 :]).tolist()), None
-    if len(unknowns) > steps + 1:
+    """With other times (steps - 1,), another scale (1,) and other factors (all or none).
+
+    Times change by the logarithm of each gap of the grid over the rest of the way, so that those before stay; the scale
+    by its logarithm; factors by themselves.
+    """
+    left = 1 - torch.tensor(start.grid.shares, dtype=torch.float64)
+    ratios = (left[:-2] / left[1:-1] - 1) * unknowns[: start.steps - 1].exp()
+    shares = (0.0, *(1 - (1 / (1 + ratios)).cumprod(0)).tolist(), 1.0)
+    values, factors = iter((1 + unknowns[start.steps :]).tolist()), None
+    if len(unknowns) > start.steps:
         factors = tuple(tuple(tuple(next(values) for _ in range(k)) for k in pair) for pair in start.shapes())
-    std = start.std * math.exp(unknowns[steps].item())
+    std = start.std * math.exp(unknowns[start.steps - 1].item())
     return replace(start, grid=replace(start.grid, shares=shares), std=std, factors=factors)
 
 

@@ -117,10 +117,10 @@ def test_a_trial_that_fails_is_passed_over(call, monkeypatch):
     """The eighth solution is for a derivative, the thirty-fifth a trial of the first round."""
     model, calls, residuals = mixture(linear(2)), itertools.count(1), _Problem.residuals
 
-    def sometimes(problem, sampler):
+    def sometimes(problem, sampler, first=True):
         if next(calls) == call:
             raise UserError("the velocity is not finite")
-        return residuals(problem, sampler)
+        return residuals(problem, sampler, first)
 
     monkeypatch.setattr(_Problem, "residuals", sometimes)
     tuned = tune(model, draws(model), 6, trajectories=16, rounds=1)
@@ -132,15 +132,17 @@ def test_progress_is_told_of_every_solution(found):
     tune(model, draws(model), 2, trajectories=4, rounds=2, progress=lambda *state: told.append(state))
     done, totals, errors = zip(*told, strict=True)
     assert list(done) == list(range(1, len(told) + 1))
-    assert set(totals) == {2 * (2 + 1 + 4 + 6)} and len(told) <= totals[0]  # gaps, scale, weights and dampings
+    assert set(totals) == {2 * (1 + 1 + 4 + 6)} and len(told) <= totals[0]  # times, scale, weights and dampings
     assert list(errors) == sorted(errors, reverse=True) and len(set(errors)) <= 2
 
 
-@pytest.mark.parametrize(("field", "nfe"), [(gravity(2), 4), (linear(2), 11)], ids=["weights too", "times alone"])
-def test_no_unknown_lowers_the_error_much_further(field, nfe):
+@pytest.mark.parametrize(
+    ("field", "nfe", "number"), [(gravity(2), 3, 48), (linear(2), 11, 16)], ids=["weights too", "times alone"]
+)
+def test_no_unknown_lowers_the_error_much_further(field, nfe, number):
     """At what is found the geometric mean, which is what falls, is nearly as small as it gets along each unknown."""
     model = mixture(field)
-    problem = _Problem(model, REFERENCE, *draws(model)(16, torch.Generator().manual_seed(3)))
+    problem = _Problem(model, REFERENCE, *draws(model)(number, torch.Generator().manual_seed(3)))
     grid = Multistep(nfe).default_grid(model, problem.x_T)
     start = Multistep(nfe, 2, grid=replace(grid, shares=tuple(torch.linspace(0, 1, nfe + 1).tolist())), std=0.8)
     found = _fitted(start, problem, 8, lambda error: None)
@@ -148,7 +150,7 @@ def test_no_unknown_lowers_the_error_much_further(field, nfe):
     assert least < 0.6 * _mean(problem.errors(start))
     assert (found.factors is None) == (nfe > 10)
     weights = sum(map(sum, found.shapes())) if found.factors else 0
-    for unknown in torch.eye(nfe + 1 + weights, dtype=torch.float64):
+    for unknown in torch.eye(nfe + weights, dtype=torch.float64):
         for size in (-0.02, 0.02):
             assert _mean(problem.errors(moved(found, size * unknown))) > 0.95 * least
 
@@ -174,9 +176,25 @@ def test_nothing_changed_is_the_sampler_itself():
     model = mixture(linear(2))
     start = Multistep(5, grid=BandGrid(0.1, 2.0, (0.0, 0.2, 0.5, 0.7, 0.8, 1.0)), std=0.7)
     x_T = draws(model)(9, torch.Generator().manual_seed(0))[0]
-    same = _changed(start, torch.zeros(6 + sum(map(sum, start.shapes())), dtype=torch.float64))
+    same = _changed(start, torch.zeros(5 + sum(map(sum, start.shapes())), dtype=torch.float64))
     torch.testing.assert_close(same(model, x_T), start(model, x_T), rtol=1e-12, atol=1e-12)
-    assert _changed(start, torch.eye(6)[5]).std == pytest.approx(math.e * 0.7)
+    assert _changed(start, torch.eye(5)[4]).std == pytest.approx(math.e * 0.7)
+    later = _changed(start, torch.eye(5)[1]).grid.shares
+    assert later[:2] == pytest.approx((0.0, 0.2)) and later[2] > 0.51  # and the rest in proportion
+    assert (later[3] - later[2]) / (1 - later[2]) == pytest.approx(0.4)
+
+
+def test_what_starts_alike_is_not_evaluated_again():
+    model, start = Counted(mixture(gravity(2))), Multistep(6, 3)
+    start = replace(start, grid=replace(start.default_grid(model, torch.zeros(1, 2)), shares=SIX), std=0.8)
+    problem = _Problem(model, REFERENCE, *draws(model)(9, torch.Generator().manual_seed(2)))
+    unknowns = torch.eye(6 + sum(map(sum, start.shapes())), dtype=torch.float64)
+    problem.residuals(_changed(start, 0 * unknowns[0]))
+    for unknown, evaluations in ((0, 5), (3, 2), (5, 6), (6, 5), (-1, 0)):  # times, scale, first and last factor
+        changed, before = _changed(start, unknowns[unknown] / 10), model.evaluations
+        residuals = problem.residuals(changed, first=False)
+        assert model.evaluations - before == evaluations
+        torch.testing.assert_close(residuals, (problem.x_0 - changed(model, problem.x_T)) / 2**0.5)
 
 
 def test_each_factor_is_of_one_weight():
@@ -198,9 +216,10 @@ def test_a_recording_keeps_the_factors(found):
         torch.testing.assert_close(captured(model, x_T), tuned.sampler(model, x_T), rtol=0, atol=0)
 
 
-def test_factors_that_do_not_fit_are_refused(user_error):
+@pytest.mark.parametrize("factors", [(((), (1.0,)), ((1.0,), (1.0,))), 1.0, (1.0, 2.0)], ids=["few", "number", "flat"])
+def test_factors_that_do_not_fit_are_refused(factors, user_error):
     with user_error("factors", "expected as many as it has weights", "(0, 1)"):
-        Multistep(2, 1, factors=(((), (1.0,)), ((1.0,), (1.0,))))
+        Multistep(2, 1, factors=factors)
 
 
 def test_factors_are_stored(tmp_path, found):
@@ -217,6 +236,7 @@ def test_files_without_factors_are_read(tmp_path):
     assert tuned_sampler(tmp_path, 4) == SAMPLER
 
 
+SIX = (0.0, 0.2, 0.4, 0.5, 0.7, 0.9, 1.0)
 SAMPLER = Multistep(4, 3, grid=BandGrid(0.1, 2.0, (0.0, 0.2, 0.5, 0.8, 1.0)), std=0.6)
 
 
