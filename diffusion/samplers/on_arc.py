@@ -10,7 +10,7 @@ from diffusion.samplers.base import Model, PlannedSampler
 from diffusion.samplers.grids import BandGrid, Grid
 
 SCALE = 0.6  # of the arc, in units of the std of the data, found by measurement on mixtures of 2 and 64 dimensions
-FINEST = 0.17  # size of the finest structure of the data, in units of their std
+FINEST = 0.16  # size of the finest structure of the data, in units of their std
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class OnArc(PlannedSampler):
     """Samplers of the ODE in the variables of diffusion.samplers.arc.
 
     Args:
-        grid: rule that lays times. None is a BandGrid from 0.17 std to sqrt(d) std, for data of d coordinates: from
+        grid: rule that lays times. None is a BandGrid from 0.16 std to sqrt(d) std, for data of d coordinates: from
             their finest structure to the distances between them. A BandGrid is laid for each sample's own noise, where
             samples differ in it.
         std: standard deviation per coordinate of the data. None asks the model, and is 0.8 where it does not know.
