@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -15,13 +16,25 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from diffusion import Generator
+from diffusion.metrics import features
 from diffusion.samplers import AdaptiveMultistep, Captured, Counted, Multistep, Tuned, generate
 
 ROOT = Path(__file__).parents[1]
 TINY = [
     "trainer.steps=6", "trainer.checkpoint_every=3", "trainer.log_every=2", "trainer.batch_size=16", "trainer.warmup=2",
-    "model.channels=8", "device=cpu", "logger=none", "num_samples=0",
+    "model.channels=8", "sampler.steps=3", "device=cpu", "logger=none", "num_samples=0",
 ]  # fmt: skip
+POINTS = [
+    "data=8gaussians", "model=mlp", "model.width=16", "model.depth=1", "trainer.steps=3", "trainer.checkpoint_every=3",
+    "trainer.log_every=2", "trainer.batch_size=16", "trainer.warmup=2", "sampler.steps=3", "device=cpu", "logger=none",
+    "num_samples=0",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def short_classifier(monkeypatch):
+    """What is printed and written, and not how good the features are, is in question here."""
+    monkeypatch.setattr(features, "TRAINING_STEPS", 10)
 
 
 @pytest.fixture(scope="module")
@@ -174,15 +187,16 @@ def test_conditional_generator_takes_labels(run, tmp_path, monkeypatch):
 
 def test_points_are_trained_on_and_drawn(run, tmp_path):
     folder, small = tmp_path / "run", ["trainer.steps=4", "trainer.batch_size=64", "logger=none", "device=cpu"]
-    options = ["experiment=toy2d_moons", *small, "num_samples=1000", f"hydra.run.dir={folder}"]
-    assert run("train", *options)[0] == 0
-    assert np.load(folder / "samples.npz")["points"].shape == (1000, 2)
+    options = ["experiment=toy2d_moons", *small, "sampler.steps=3", "num_samples=100", f"hydra.run.dir={folder}"]
+    assert run("train", *options, "data.size=500")[0] == 0
+    assert np.load(folder / "samples.npz")["points"].shape == (100, 2)
 
 
-def test_wandb_gets_the_run_offline_without_asking(tmp_path, monkeypatch):
-    folder = tmp_path / "run"
-    options = [*TINY, "logger=wandb", "num_samples=60", f"hydra.run.dir={folder}"]
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+def test_wandb_gets_the_run_offline_without_asking(tmp_path):
+    folder = tmp_path / "run"  # of points, for whose evaluation no classifier is trained
+    options = [*POINTS, "data.size=300", "logger=wandb", "num_samples=60", f"hydra.run.dir={folder}"]
+    fonts = {"MPLCONFIGDIR": matplotlib.get_configdir()}  # else matplotlib would look for all of them again
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", **fonts}
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "train.py", *options],
         cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
@@ -274,6 +288,7 @@ def test_mistakes_end_in_one_line_and_status_2(run, trained, command, options, w
     ]
     given = {option.split("=")[0] for option in options} | ({"model.channels"} if "model=mlp" in options else set())
     mlp = "data=moons" in options or any("toy2d" in option for option in options)
+    given |= {"sampler.steps"} if any(option.startswith("sampler=") for option in options) else set()
     tiny = [option for option in TINY if option.split("=")[0] not in given and not (mlp and "model" in option)]
     tiny = tiny if command == "train" else []
     status, _, err = run(command, *tiny, *options)
@@ -437,12 +452,6 @@ def test_a_field_of_ones_own_without_a_density_is_validated(run, module):
     assert (status, err) == (0, "") and "not checked: Spread has no density" in out and "report.png" in out
     status, out, err = run("validate", *own, "+field.factor=0.8", *QUICK)
     assert status == 1 and err == "the field is wrong: continuity (weak)\n"
-
-
-POINTS = [
-    "data=8gaussians", "model=mlp", "model.width=16", "model.depth=1", "trainer.steps=3", "trainer.checkpoint_every=3",
-    "trainer.log_every=2", "trainer.batch_size=16", "trainer.warmup=2", "device=cpu", "logger=none", "num_samples=0",
-]  # fmt: skip
 
 
 def test_nothing_is_trained_on_a_wrong_field(run, tmp_path):

@@ -13,24 +13,15 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parents[1] / "notebooks"
 
 
-@pytest.fixture(scope="module")
-def printed(tmp_path_factory):
-    """printed(name): everything that the notebook prints; executed once, an error in a cell is an error here."""
-    texts = {}
-
-    def execute(name):
-        if name not in texts:
-            notebook = nbformat.read(FOLDER / name, as_version=4)
-            # No folder of registered kernels: "python3" is then this interpreter and nothing else.
-            kernels = KernelSpecManager(kernel_dirs=[], ensure_native_kernel=True)
-            kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels)
-            resources = {"metadata": {"path": str(tmp_path_factory.mktemp("elsewhere"))}}
-            NotebookClient(notebook, km=kernel, timeout=500, resources=resources).execute()
-            outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-            texts[name] = "".join(output.text for output in outputs if output.get("name") == "stdout")
-        return texts[name]
-
-    return execute
+def printed(name, folder):
+    """Everything that the notebook prints, executed in a folder of its own; an error in a cell is an error here."""
+    notebook = nbformat.read(FOLDER / name, as_version=4)
+    # No folder of registered kernels: "python3" is then this interpreter and nothing else.
+    kernels = KernelSpecManager(kernel_dirs=[], ensure_native_kernel=True)
+    kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=kernels)
+    NotebookClient(notebook, km=kernel, timeout=500, resources={"metadata": {"path": str(folder)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(output.text for output in outputs if output.get("name") == "stdout")
 
 
 def numbers(text, pattern):
@@ -40,15 +31,7 @@ def numbers(text, pattern):
     return [float(number) for number in (found[0] if isinstance(found[0], tuple) else found)]
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("*.ipynb")))
-def test_notebook_is_valid_small_and_runs_anywhere(name, printed):
-    nbformat.validate(nbformat.read(FOLDER / name, as_version=4))
-    assert (FOLDER / name).stat().st_size < 300_000
-    assert printed(name)
-
-
-def test_first_steps_prints_what_it_claims(printed):
-    text = printed("first_steps.ipynb")
+def first_steps(text):
     assert "velocity is x_t' = z: True" in text
     assert numbers(text, "largest |div u| / |grad u|: #")[0] < 1e-14
     assert "same samples: True" in text
@@ -68,8 +51,7 @@ def test_first_steps_prints_what_it_claims(printed):
     assert gaussian_near + 0.3 * (real_near - gaussian_near) < near < real_near
 
 
-def test_your_own_field_prints_what_it_claims(printed):
-    text = printed("your_own_field.ipynb")
+def your_own_field(text):
     assert text.count("passed: True") == 1
     assert "right: failed nothing" in text
     assert "too fast: failed continuity (strong), continuity (weak)\n" in text
@@ -95,8 +77,7 @@ def test_your_own_field_prints_what_it_claims(printed):
     assert tables[0].count("violated") < 0.5 * tables[1].count("violated")
 
 
-def test_the_density_prints_what_it_claims(printed):
-    text = printed("the_density.ipynb")
+def the_density(text):
     errors = [float(error) for error in re.findall(r"grid, \d+ cells: L1 error ([-+.\de]+)", text)]
     assert all(3.5 < coarse / fine < 4.5 for coarse, fine in itertools.pairwise(errors)) and len(errors) == 3
     assert all(float(figure) < 1e-12 for figure in re.findall(r"mass error ([-+.\de]+)", text))
@@ -113,8 +94,7 @@ def test_the_density_prints_what_it_claims(printed):
         assert abs(value - truth) < 3 * error
 
 
-def test_downhill_prints_what_it_claims(printed):
-    text = printed("downhill.ipynb")
+def downhill(text):
     for name in ("energy distance", "Sinkhorn divergence"):
         first, last = numbers(text, f"{name}: # to # in")
         assert last < 0.02 * first
@@ -131,3 +111,19 @@ def test_downhill_prints_what_it_claims(printed):
     assert real < noise and mine < 0.3 * noise
     own, held_out = numbers(text, "one step: # from 2000 training points, held-out points #")
     assert own > 0.7 * held_out
+
+
+CLAIMS = [downhill, first_steps, the_density, your_own_field]
+
+
+def test_every_notebook_has_claims_and_is_valid_and_small():
+    assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == [claims.__name__ for claims in CLAIMS]
+    for path in FOLDER.glob("*.ipynb"):
+        nbformat.validate(nbformat.read(path, as_version=4))
+        assert path.stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("claims", CLAIMS, ids=lambda claims: claims.__name__)
+def test_it_runs_anywhere_and_prints_what_it_claims(claims, tmp_path):
+    """In one test, so that processes that share the tests do not execute it twice."""
+    claims(printed(f"{claims.__name__}.ipynb", tmp_path))

@@ -101,11 +101,13 @@ class Exact(nn.Module):
 
     def __init__(self, data, generator, shift=lambda x, t: 0.0):
         super().__init__()
-        self.data, self.generator, self.shift = data, generator, shift
+        self.data, self.generator, self.shift, self.seen = data, generator, shift, None
 
     def forward(self, x, t, label=None):
-        target = self.data.denoised(x, t) + self.shift(x, t)
-        return Prediction(target, self.generator.precondition(x, t).out)
+        if self.seen is None or not (x.equal(self.seen[0]) and t.equal(self.seen[1])):
+            self.seen = x, t
+            self.mean, self.out = self.data.denoised(x, t), self.generator.precondition(x, t).out
+        return Prediction(self.mean + self.shift(x, t), self.out)
 
 
 SHIFTS = {
@@ -128,10 +130,10 @@ class TestFieldMatching:
         number, draws = 20000, randomness(1)
         x0 = data.points[torch.multinomial(data.weights, number, replacement=True, generator=draws)]
         generator = Generator(field, MLP((data.points.shape[1],)), (data.points.shape[1],)).calibrate(x0)
-        objective = FieldMatching(generator)
+        objective, network = FieldMatching(generator), Exact(data, generator)
 
         def loss(factor):
-            network = Exact(data, generator, lambda x, t: factor * SHIFTS[shift](x, t))
+            network.shift = lambda x, t: factor * SHIFTS[shift](x, t)
             return objective(network, Batch(x0, None, randomness(2))).mean(1)
 
         up, here, down = loss(1), loss(0), loss(-1)

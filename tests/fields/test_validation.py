@@ -18,6 +18,7 @@ from diffusion.fields import (
     RadialField,
     Unavailable,
     checks,
+    draws,
     expand_time,
     gravity,
     linear,
@@ -26,7 +27,7 @@ from diffusion.fields import (
     validate,
     variance_exploding,
 )
-from diffusion.fields.checks import Subject, in_standard_errors, judge, largest_allowed
+from diffusion.fields.checks import Subject, in_standard_errors, judge, largest_allowed, skipped
 from diffusion.fields.draws import legendre
 from diffusion.fields.lines import follow
 
@@ -235,6 +236,16 @@ def larger(right, x, t, x0):
 
 
 STRONG, WEAK, LINES, SAMPLER, MASS, START, END, PRIOR = CHECKS
+FUNCTIONS = {
+    STRONG: (checks, "strong_continuity"),
+    WEAK: (checks, "weak_continuity"),
+    LINES: (checks, "field_lines"),
+    SAMPLER: (draws, "sampler_follows_density"),
+    MASS: (totals, "mass"),
+    START: (checks, "start"),
+    END: (totals, "end"),
+    PRIOR: (totals, "prior_follows_density"),
+}
 WRONG = [
     Wrong("velocity 1 % too fast", lambda: Altered(gravity(2), velocity=faster(1.01)), 2, {STRONG, LINES}),
     Wrong("velocity 1 % too slow", lambda: Altered(linear(2), velocity=faster(0.99)), 2, {STRONG, LINES}),
@@ -252,7 +263,6 @@ WRONG = [
         lambda: Altered(variance_exploding(2), velocity=faster(1.01), **WITHOUT_LABELS, log_prob=no_density),
         2,
         {WEAK},
-        1.0,
     ),
     Wrong(
         "velocity that leans on x0, samples only",
@@ -272,20 +282,21 @@ WRONG = [
         {STRONG, WEAK, LINES},
         0.02,
     ),
-    Wrong("draws on one side", lambda: Altered(variance_exploding(2), draw=half_plane), 2, {SAMPLER}),
-    Wrong("draws too wide at the horizon", lambda: Altered(linear(2), transport=wider_when(late)), 2, {SAMPLER}),
-    Wrong("draws too wide at t_min", lambda: Altered(linear(2), transport=wider_when(early)), 2, {SAMPLER}),
-    Wrong("exponent off by one", lambda: Altered(gravity(2), log_prob=off_exponent), 2, {SAMPLER}),
-    Wrong("exponent off by one, d = 64", lambda: Altered(pfgmpp(64), log_prob=off_exponent), 64, {SAMPLER}, 0.5),
+    Wrong("draws on one side", lambda: Altered(variance_exploding(2), draw=half_plane), 2, {SAMPLER}, 0.02),
+    Wrong("draws too wide at the horizon", lambda: Altered(linear(2), transport=wider_when(late)), 2, {SAMPLER}, 0.02),
+    Wrong("draws too wide at t_min", lambda: Altered(linear(2), transport=wider_when(early)), 2, {SAMPLER}, 0.02),
+    Wrong("exponent off by one", lambda: Altered(gravity(2), log_prob=off_exponent), 2, {SAMPLER}, 0.02),
+    Wrong("exponent off by one, d = 64", lambda: Altered(pfgmpp(64, 32.0), log_prob=off_exponent), 64, {SAMPLER}, 0.05),
     Wrong(
         "Gaussian draws of a gravity field",
         lambda: Altered(gravity(3), draw=lambda right, *args: variance_exploding().draw(*args)),
         3,
         {SAMPLER},
+        0.02,
     ),
-    Wrong("draws 1 % too wide", lambda: Altered(linear(2), transport=wider(1.01)), 2, {SAMPLER}, 1.0),
-    Wrong("draws 1 % too wide, d = 64", lambda: Altered(linear(64), transport=wider(1.01)), 64, {SAMPLER}, 0.2),
-    Wrong("one axis 5 % too wide", lambda: Altered(linear(2), transport=one_axis_wider(1.05)), 2, {SAMPLER}, 0.2),
+    Wrong("draws 2 % too wide", lambda: Altered(linear(2), transport=wider(1.02)), 2, {SAMPLER}, 0.15),
+    Wrong("draws 1 % too wide, d = 64", lambda: Altered(linear(64), transport=wider(1.01)), 64, {SAMPLER}, 0.1),
+    Wrong("one axis 5 % too wide", lambda: Altered(linear(2), transport=one_axis_wider(1.05)), 2, {SAMPLER}, 0.05),
     Wrong("density 1 % too large", lambda: Altered(gravity(64), log_prob=larger), 64, {MASS}),
     Wrong("density 1 % too large at the horizon", lambda: Altered(linear(2), log_prob=larger_when(late)), 2, {MASS}),
     Wrong("density 1 % too large at t_min", lambda: Altered(linear(2), log_prob=larger_when(early)), 2, {MASS}),
@@ -336,15 +347,19 @@ WRONG = [
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=[wrong.name for wrong in WRONG])
-def test_a_wrong_field_is_refused_by_the_right_check(wrong):
+def test_a_wrong_field_is_refused_by_the_right_check(wrong, monkeypatch):
+    """By those that must see its fault; the others, which may or may not, are not asked."""
+    for name, (place, function) in FUNCTIONS.items():
+        if name not in wrong.failing:
+            monkeypatch.setattr(place, function, lambda subject, name=name: skipped(name, "not asked"))
     report = validate(wrong.build(), data(wrong.dim), effort=wrong.effort)
-    assert wrong.failing <= set(report.failed), report.table()
+    assert set(report.failed) == wrong.failing, report.table()
     assert not report.passed
 
 
 @pytest.mark.parametrize("case", **names([case for case in FIELDS if case.name not in NOT_A_GENERATOR]))
 def test_a_right_field_passes(case):
-    report = validate(case.build(), data(case.dim), effort=0.02)
+    report = validate(case.build(), data(case.dim), effort=0.01)
     assert all(check.passed for check in report.checks), report.table()
     assert [check.name for check in report.checks] == CHECKS
 

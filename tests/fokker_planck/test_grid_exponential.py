@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.fokker_planck import FokkerPlanck, problems
+from diffusion.fokker_planck import FokkerPlanck, jump_process, problems
 from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.evolution import talbot
 from diffusion.fokker_planck.grid import GridSolver
-from diffusion.fokker_planck.jump_process import BATCH, JumpProcess
+from diffusion.fokker_planck.jump_process import JumpProcess
 from diffusion.fokker_planck.jumps import jumps_at
 from diffusion.fokker_planck.laws import GaussianMixture, gaussian
 
@@ -96,12 +96,21 @@ def test_series_and_poles_agree(name):
 
 
 @pytest.mark.parametrize("name", ["ou", "ratchet_absorbing"])
-def test_batches_go_in_parts(name):
+def test_batches_go_in_parts(name, monkeypatch):
     *line, duration, _, _ = CASES[name]
     process = chain(*line)
     generator = torch.Generator().manual_seed(0)
-    states = torch.rand(BATCH + 6, starts(process, 0.5).shape[1], generator=generator, dtype=torch.float64)
+    states = torch.rand(20, starts(process, 0.5).shape[1], generator=generator, dtype=torch.float64)
+    parts, resolvents = [], jump_process._resolvents
+
+    def counted(*args):
+        parts.append(args[-1].shape[1])
+        return resolvents(*args)
+
+    monkeypatch.setattr(jump_process, "_resolvents", counted)
+    monkeypatch.setattr(jump_process, "BATCH", 7 * states.shape[1])
     found = process.advance(states, duration)
+    assert parts == [7, 7, 6]
     alone = torch.cat([process.advance(state[None], duration) for state in states])
     torch.testing.assert_close(found, alone, rtol=1e-13, atol=1e-15)
 
