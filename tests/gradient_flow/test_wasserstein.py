@@ -3,7 +3,7 @@
 import itertools
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.gradient_flow.flows.wasserstein import StepControl, WassersteinFlow
+from diffusion.gradient_flow.flows.wasserstein import Pace, StepControl, WassersteinFlow
 from diffusion.gradient_flow.functionals.base import Functional
 from diffusion.gradient_flow.functionals.energy import EnergyDistance
 from diffusion.gradient_flow.functionals.entropy import Entropy
@@ -222,6 +222,14 @@ def test_momentum_is_faster_on_a_narrow_valley():
     ends = [WassersteinFlow(valley, momentum=b).run(x, 100, 0.019) for b in (0.0, 0.8)]
     plain, heavy = (float(valley.value(end)) for end in ends)
     assert heavy < 1e-2 * plain
+
+
+def test_momentum_that_leads_uphill_is_dropped_before_the_step_is_shortened():
+    flow, x = WassersteinFlow(quadratic(2.0), momentum=0.9), torch.ones(2, 3, dtype=torch.float64)
+    first = next(flow.moments(x, 1, 0.3))
+    moment = flow.advance(replace(first, memory=Pace(1.0, torch.full_like(x, -10.0))), 0.3, None)
+    torch.testing.assert_close(moment.particles, torch.full_like(x, 0.4))
+    torch.testing.assert_close(moment.memory.momentum, torch.full_like(x, -2.0))
 
 
 def test_particles_that_can_fall_no_more_stay_and_one_warning_says_so():
