@@ -137,7 +137,8 @@ class Generator(nn.Module):
             estimate = self.estimate(x, t, label)
             return Motion(estimate.velocity, conversions.score_from_noise(self.field.schedule(x, t), estimate.noise))
         if self.heads == 1:
-            remedy = "train one with heads=2" if learns_score(self.field, self.shape) else "take a sampler of the ODE"
+            learns = learns_score(self.field, self.shape)
+            remedy = "train one with heads=2 (model.heads=2)" if learns else "take a sampler of the ODE"
             raise UserError(
                 f"the law of the noise is {_law(self.field)}, expected Gaussian: for others the velocity gives no "
                 f"score, and this network has no output for it; {remedy}"

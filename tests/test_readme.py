@@ -1,9 +1,12 @@
 """What the README shows is true."""
 
+import math
 import re
 import runpy
 import subprocess
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -31,7 +34,7 @@ def test_field_example_runs(tmp_path, monkeypatch):
 
 
 def test_density_example_runs():
-    _, code, _ = blocks("py")
+    _, code, *_ = blocks("py")
     scope: dict = {}
     exec(compile(code, "README.md", "exec"), scope)
     (x,) = scope["grid"].grid
@@ -39,12 +42,20 @@ def test_density_example_runs():
 
 
 def test_flow_example_runs():
-    *_, code = blocks("py")
+    *_, code, _ = blocks("py")
     scope: dict = {}
     exec(compile(code, "README.md", "exec"), scope)
     energy = scope["EnergyDistance"](scope["data"])
     assert float(energy.value(scope["particles"])) < 0.1 * float(energy.value(scope["noise"]))
     assert float((scope["ring"].norm(dim=1) - 1).abs().mean()) < 0.3
+
+
+def test_ordinary_functions_example_runs():
+    *_, code = blocks("py")
+    scope: dict = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert float(scope["lowest"].abs().max()) < 1e-3
+    assert float(scope["moved"].mean()) == pytest.approx(1 / (1 + math.e), abs=2e-3)
 
 
 def test_continuous_integration_runs_the_second_command():
