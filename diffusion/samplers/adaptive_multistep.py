@@ -32,7 +32,7 @@ class AdaptiveMultistep(Sampler):
     the ODE, and no step is longer than a twentieth of it, so that none passes over all modes unseen. Where the std that
     is told or assumed is far from that of the samples, there is a warning.
 
-    On Gaussian mixtures of 2 and 64 dimensions the defaults take 37 to 59 evaluations of a sample, 54 to 72 calls of
+    On Gaussian mixtures of 2 and 64 dimensions the defaults take 37 to 59 evaluations of a sample, 54 to 73 calls of
     the model, to root mean square errors below 5e-5: 2 to 20 times the tolerance, since the few samples near a border
     between modes magnify what they are off by. The median error is one tolerance (benchmarks/samplers.py).
 
