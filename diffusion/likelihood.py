@@ -127,10 +127,11 @@ def _likelihood(flow: Flow, x: Tensor, t: float, tolerance: float, max_evaluatio
     """Log-densities, errors and evaluations, (B,) each."""
     start, gain, error = _before(flow, x, t, torch.arange(len(x), device=x.device))
     state = _integrate(flow, start, max(t, flow.model.field.t_min), tolerance, max_evaluations)
-    end, gain = log_end(flow, state.x, x), gain + state.gain
-    if not flow.exact and gain.shape[1] > 1:
-        error = error + gain.std(1) / math.sqrt(gain.shape[1])
-    return end.log_prob + gain.mean(1), error + state.error + end.error, flow.evaluations
+    end = log_end(flow, state.x, x)
+    nats = end.log_prob + gain + state.gain
+    if not flow.exact and nats.shape[1] > 1:
+        error = error + nats.std(1) / math.sqrt(nats.shape[1])
+    return nats.mean(1), error + state.error + end.error, flow.evaluations
 
 
 def _before(flow: Flow, x: Tensor, t: float, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
