@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.fokker_planck.bases import MOST
+from diffusion.fokker_planck.bases import MOST, Legendre
 from diffusion.fokker_planck.evolution import Evolution
 from diffusion.fokker_planck.products import Product, along
 from diffusion.fokker_planck.weak_form import Tilt
 
 COARSE = 1e-4  # L1 size of the last coefficients above which the expansion has not decayed
 AT_ENDS = 1e-4  # density times length at the ends of a period that the equation does not have
+AT_WALLS = 0.1  # density times length that has come to lie at a wall
 
 
 class Expansion(NamedTuple):
@@ -162,6 +163,31 @@ class GalerkinSolution:
                     f"{share:.2g} there, expected below {AT_ENDS:.2g}; take a wider domain, or Legendre functions",
                     stacklevel=3,
                 )
+
+    def warn_if_at_walls(self) -> None:
+        """Warns where mass has come to lie against a wall (Legendre) to which the drift points: it may cut it off.
+
+        Nothing flows there, D p' = F p: the drift points outward where the density rises towards the wall, here by more
+        than itself on the length of the domain.
+        """
+        first, last = self.values[[0, -1]]
+        for axis, basis in enumerate(self.expansion.product.bases):
+            if not isinstance(basis, Legendre) or basis.order < 2 or len(self.times) < 2:
+                continue
+            length, weights = basis.high - basis.low, self.weights.movedim(axis, 0)
+            for end, inner, place in ((0, 1, basis.low), (-1, -2, basis.high)):
+                before, wall, near = first.select(axis, end), last.select(axis, end), last.select(axis, inner)
+                rise = (wall - near) / float((self.nodes[axis][end] - self.nodes[axis][inner]).abs())
+                across = weights[end] / basis.rule().roots[end].square().to(weights) * (rise * length > wall)
+                was, found = (float((p * across).sum()) * length for p in (before, wall))
+                small = AT_WALLS / 100 if self.standard_errors is None else found / 10  # samples are never so smooth
+                if found > AT_WALLS and abs(was) < small:
+                    warnings.warn(
+                        f"mass has come to lie at the wall of axis {axis} at {place:.6g}, to which the drift points: "
+                        f"the density there, times the length, is {found:.2g}, expected below {AT_WALLS:.2g}; if the "
+                        "wall is not meant to hold it, take a wider domain, or Hermite functions",
+                        stacklevel=3,
+                    )
 
 
 class PositiveDensity(NamedTuple):

@@ -65,7 +65,8 @@ class WeakSolver(ABC):
             steps: of equal length between each two times, instead of chosen by the tolerance.
 
         Warns:
-            the domain loses mass; the coefficients have not decayed; the density reaches the ends of a period.
+            the domain loses mass; the coefficients have not decayed; the density reaches the ends of a
+            period; mass comes to lie at a wall.
 
         Raises:
             UserError: the equation or the start is not fit for the bases; the message has the figure.
@@ -88,6 +89,7 @@ class WeakSolver(ABC):
         evolution = evolve(self._mean(tilt), state[None], times, norm, tolerance, steps, extrapolate=True)
         solution = GalerkinSolution.of(expansion, tilt, times, evolution, float(steady), errors)
         solution.warn_where_coarse(self._cut_axes(times))
+        solution.warn_if_at_walls()
         return solution
 
     def _from_law(self, law: Law, tilt: Tilt, tolerance: float) -> Tensor:

@@ -10,6 +10,7 @@ from diffusion.fokker_planck.learned_score import LearnedScore
 
 FAR = 1e8  # times the particles' first distance from 0: there they have run away
 COARSE = 0.1  # nats: the error of the steps in time that is warned of
+ASTRAY = 0.1  # standard deviations: the same of the places
 
 
 def step_error(now: Tensor, then: Tensor, h: float) -> float:
@@ -21,12 +22,28 @@ def step_error(now: Tensor, then: Tensor, h: float) -> float:
     return float(h * change.square() / (now.abs().mean() + change).clamp_min(1e-300))
 
 
-def warn_of_steps(error: float, t: float, steps: int, dim: int) -> None:
-    """Warn where the sum of all steps' errors up to `t` is more than COARSE, or a tenth of that for each coordinate."""
-    if not error <= COARSE * max(1.0, 0.1 * dim):
+def place_error(now: Tensor, then: Tensor, h: float, before: Tensor, after: Tensor) -> float:
+    """Size of the error of Heun's step of `h` in the places, from the velocities (N, d) at both ends.
+
+    As `step_error`, for each coordinate, in units of the smaller of the places' standard deviations `before` and
+    `after` (N, d); that of the worst coordinate. Where steps grow instead of decay it is above 1 at each of them.
+    """
+    speed, change = now.square().mean(0).sqrt(), (then - now).square().mean(0).sqrt() / 2
+    scale = torch.minimum(before.std(0), after.std(0)).clamp_min(1e-300)
+    return float((h * change.square() / (speed + change).clamp_min(1e-300) / scale).max())
+
+
+def warn_of_steps(error: float, astray: float, t: float, steps: int, dim: int) -> None:
+    """Warn where the sum of all steps' errors up to `t` is too large.
+
+    Args:
+        error: in the log density, warned of above COARSE, or a tenth of that for each coordinate.
+        astray: in the places, see `place_error`, warned of above ASTRAY.
+    """
+    if not (error <= COARSE * max(1.0, 0.1 * dim) and astray <= ASTRAY):
         warnings.warn(
-            f"the log densities at t={t:.6g} are off by about {error:.2g}, because {steps} steps are too few for this "
-            f"drift; take {2 * steps} or more",
+            f"the log densities at t={t:.6g} are off by about {error:.2g}, and the places by {astray:.2g} standard "
+            f"deviations, because {steps} steps are too few for this drift; take {2 * steps} or more",
             RuntimeWarning,
             stacklevel=3,
         )

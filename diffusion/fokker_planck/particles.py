@@ -31,7 +31,14 @@ from diffusion.fokker_planck.equation import FokkerPlanck, act
 from diffusion.fokker_planck.evolution import rising
 from diffusion.fokker_planck.laws import Law
 from diffusion.fokker_planck.learned_score import LearnedScore, learn
-from diffusion.fokker_planck.particle_checks import FAR, check_places, step_error, warn_of_score, warn_of_steps
+from diffusion.fokker_planck.particle_checks import (
+    FAR,
+    check_places,
+    place_error,
+    step_error,
+    warn_of_score,
+    warn_of_steps,
+)
 from diffusion.randomness import derive_seed
 from diffusion.trainer import Trainer
 
@@ -176,7 +183,7 @@ class ParticleSolver:
         many = _beginning(start, max(self.draws, shown), times[0], device, generator)
         score = self._learn(many, times[0], network, self.first, len(many.x))
         del many
-        records, bound, coarse = [(state, score, 0.0)], 0.0, 0.0
+        records, bound, coarse, astray = [(state, score, 0.0)], 0.0, 0.0, 0.0
         far = FAR * (1 + float(state.x.abs().max()))
         missed = self._missed(state, score, times[0], shown)
         for begin, end in itertools.pairwise(times):
@@ -191,14 +198,15 @@ class ParticleSolver:
                 score = self._learn(ahead, t + h, score.correction, self.following, shown, near)
                 then = self._rates(ahead, score, t + h, probes)
                 coarse += step_error(now.log_density, then.log_density, h)
-                state = state.moved(h, now, then)
+                before, state = state.x, state.moved(h, now, then)
+                astray += place_error(now.x, then.x, h, before, state.x)
                 check_places(state.x, state.log_density, state.target, t + h, h, n, far)
                 score = self._learn(state, t + h, score.correction, None, shown, near)
                 state = state._replace(target=score(state.x).lerp(state.target, self.memory * (1 - score.own_share)))
-                before, missed = missed, self._missed(state, score, t + h, shown)
-                bound += h / 2 * (before + missed)
+                missed_before, missed = missed, self._missed(state, score, t + h, shown)
+                bound += h / 2 * (missed_before + missed)
             records.append((state, score, bound))
-            warn_of_steps(coarse, end, steps, dim)
+            warn_of_steps(coarse, astray, end, steps, dim)
             warn_of_score(state.x[shown:], score, end)
         states, scores, bounds = zip(*records, strict=True)
         x, log_density, own, _ = (torch.stack(values) for values in zip(*states, strict=True))

@@ -1,6 +1,7 @@
 """Paths of an SDE dx = f dt + g dw by explicit schemes, each of a declared weak order, and of its probability flow."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,13 @@ from torchdiffeq import odeint
 from diffusion.errors import UserError
 from diffusion.fokker_planck.equation import FokkerPlanck, act
 from diffusion.fokker_planck.evolution import rising
+
+ASTRAY = 0.1  # standard deviations: the error of the steps in mean and standard deviation that is warned of
+FOLLOWED = 1024  # paths, at most, that are also followed by steps of half the length
+LEAST = 128  # of these, otherwise an eighth of all
+DOUBT = 3.0  # standard errors
+FEW = 16  # paths, of fewer of which only an error of GROSS can be told
+GROSS = 0.5
 
 
 class Noise(NamedTuple):
@@ -89,18 +97,71 @@ def simulate(
         raise UserError(f"simulate has steps={steps}, expected at least 1")
     if order not in SCHEMES:
         raise UserError(f"simulate has order={order}, expected a weak order of {' or '.join(map(str, SCHEMES))}")
-    paths = [x]
+    paths, halved = [x], _Halved(equation, x, order)
     for start, stop in itertools.pairwise(times):
         h = (stop - start) / steps
         for n in range(steps):
-            x = SCHEMES[order](equation, x, start + n * h, h, _noise(x, h, order, generator))
+            noise = _noise(x, h, order, generator)
+            halved.step(start + n * h, h, noise.increments)
+            x = SCHEMES[order](equation, x, start + n * h, h, noise)
             if lost := int((~x.isfinite()).any(1).sum()):
                 raise UserError(
                     f"{lost} of {len(x)} paths are not finite at t={start + (n + 1) * h:.6g}, after steps of {h:.3g}; "
                     "take more steps"
                 )
         paths.append(x)
+        halved.compare(x, stop)
+    halved.warn(steps, stacklevel=3)
     return torch.stack(paths)
+
+
+class _Halved:
+    """Some of the paths by two steps for each of theirs, with the same Wiener processes: the laws must agree."""
+
+    def __init__(self, equation: FokkerPlanck, x: Tensor, order: int):
+        self.equation, self.order = equation, order
+        number = min(len(x), max(LEAST, len(x) // 8), FOLLOWED)
+        self._rows = slice(0, None, -(-len(x) // max(1, number)) or 1)
+        self._start = self._x = x[self._rows].detach()
+        self._reach = x.new_zeros(())  # the largest mean distance from the start
+        self._generator = torch.Generator(x.device).manual_seed(0)  # of how the processes go between two steps
+        self._worst, self._at = 0.0, 0.0
+
+    @torch.no_grad()
+    def step(self, t: float, h: float, increments: Tensor) -> None:
+        """Go on by `h`, with the whole step's `increments` (B, d): halves, and a Brownian bridge between."""
+        bridge = _noise(self._x, h / 4, self.order, self._generator)
+        for sign, begin in ((1, t), (-1, t + h / 2)):
+            signs = bridge.signs if sign > 0 else _noise(self._x, h, self.order, self._generator).signs
+            noise = Noise(increments[self._rows] / 2 + sign * bridge.increments, signs)
+            self._x = SCHEMES[self.order](self.equation, self._x, begin, h / 2, noise)
+        self._reach = torch.maximum(self._reach, (self._x - self._start).abs().mean(0))
+
+    @torch.no_grad()
+    def compare(self, x: Tensor, t: float) -> None:
+        """Keep by how much mean and standard deviation of `x` (B, d) are off, by Richardson's rule, if it is more.
+
+        In standard deviations, or in mean distances from the start where these are 0; less what may be chance.
+        """
+        x, y = x[self._rows], self._x
+        scale, gap = y.std(0, correction=0), x - y
+        scale = torch.where(scale > 0, scale, self._reach)
+        chance = min(DOUBT / len(x) ** 0.5, 0.5) * gap.std(0, correction=0)
+        off = torch.maximum(gap.mean(0).abs(), (x.std(0, correction=0) - y.std(0, correction=0)).abs()) - chance
+        off = off.clamp_min(0) / (1 - 0.5**self.order)
+        figures = torch.where(off > 0, off / scale, 0.0)
+        if not float(figures.max()) <= self._worst:
+            self._worst, self._at = float(figures.max()), t
+
+    def warn(self, steps: int, stacklevel: int) -> None:
+        """Warn where that is more than ASTRAY."""
+        if not self._worst <= (ASTRAY if len(self._x) >= FEW else GROSS):
+            warnings.warn(
+                f"the mean or standard deviation of the paths at t={self._at:.6g} is off by at least {self._worst:.2g} "
+                f"standard deviations, because {steps} steps are too few; take {2 * steps} or more",
+                RuntimeWarning,
+                stacklevel=stacklevel + 1,
+            )
 
 
 def _noise(x: Tensor, h: float, order: int, generator: torch.Generator | None) -> Noise:

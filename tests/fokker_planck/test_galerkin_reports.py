@@ -109,6 +109,49 @@ def test_what_is_done_well_is_not_complained_of(symmetrised):
     assert float(solution.truncation.max()) < 1e-5
 
 
+def pushed(push, bases, time=3.0, middle=0.0):
+    """A constant drift along the last coordinate, from a Gaussian; decay along the one before."""
+    equation = FokkerPlanck(lambda x, t: torch.cat([-x[:, :-1], push + 0 * x[:, -1:]], 1), 1.0)
+    return GalerkinSolver(equation, bases).solve(gaussian(middle, 0.6, len(bases)), [0.0, time])
+
+
+@pytest.mark.parametrize(
+    ("push", "bases", "where"),
+    [
+        (2.0, [Legendre(64, -4.0, 3.0)], "axis 0 at 3"),
+        (-2.0, [Legendre(64, -3.0, 4.0)], "axis 0 at -3"),
+        (2.0, [Hermite(16, 0.0, 0.7), Legendre(40, -4.0, 3.0)], "axis 1 at 3"),
+    ],
+    ids=["right", "left", "second"],
+)
+def test_mass_carried_to_a_wall_is_said(push, bases, where):
+    """At rest the density at the wall is 2 |f| / a = 4."""
+    with pytest.warns(UserWarning, match=f"wall of {where}, .*the density there, times the length, is ") as found:
+        pushed(push, bases, 9.0)
+    told = [one for one in found if "wall of" in str(one.message)]
+    assert len(told) == 1
+    assert float(str(told[0].message).split("length, is ")[1].split(",")[0]) == pytest.approx(4 * 7, rel=0.05)
+
+
+def test_the_wall_warning_points_at_the_caller():
+    solver = GalerkinSolver(FokkerPlanck(lambda x, t: 2 + 0 * x, 1.0), Legendre(64, -4.0, 3.0))
+    with pytest.warns(UserWarning, match="wall of axis 0") as found:
+        solver.solve(gaussian(0.0, 0.6), [0.0, 3.0])
+    assert found[-1].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("push", "time", "middle"),
+    [(2.0, 0.1, 0.0), (0.0, 3.0, 0.0), (0.0, 60.0, 0.0), (2.0, 3.0, 2.0)],
+    ids=["before", "spreading", "even", "there-from-the-start"],
+)
+def test_walls_that_mass_does_not_come_to_are_not_spoken_of(push, time, middle):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        pushed(push, [Legendre(64, -4.0, 3.0)], time, middle)
+    assert not [one for one in found if "wall of" in str(one.message)]
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_negative_densities_are_reported_and_taken_away():
     problem = double_well()

@@ -12,7 +12,7 @@ from diffusion.fokker_planck import FokkerPlanck, GridSolver, ParticleSolver, co
 from diffusion.fokker_planck.correction import Correction
 from diffusion.fokker_planck.laws import GaussianMixture, gaussian
 from diffusion.fokker_planck.learned_score import LearnedScore
-from diffusion.fokker_planck.particle_checks import step_error, warn_of_score, warn_of_steps
+from diffusion.fokker_planck.particle_checks import place_error, step_error, warn_of_score, warn_of_steps
 from diffusion.trainer import Trainer
 
 DOUBLE = torch.float64
@@ -286,6 +286,29 @@ def test_error_of_a_step():
     assert step_error(0 * now, 0 * now, 0.1) == 0
 
 
+def test_error_of_a_step_in_the_places():
+    """Heun's on dx/dt = -x with steps of z: z^3 / 4 / (1 + z / 2) of x, of the coordinate with the least deviation."""
+    x, z = torch.tensor([[-1.0, 9.0], [1.0, 11.0]], dtype=DOUBLE) / 2**0.5, 0.2
+    after = x * torch.tensor([2.0, 0.5], dtype=DOUBLE)
+    second = place_error(-x, -(1 - z) * x, z, x, after)
+    rms = float(x[:, 1].square().mean().sqrt()) / float(after[:, 1].std())
+    assert second == pytest.approx(z**3 / 4 / (1 + z / 2) * rms)
+    assert place_error(0 * x, 0 * x, z, x, after) == 0
+
+
+@pytest.mark.parametrize("steps", [2, 12, 16])
+def test_particles_that_swing_further_at_each_step_are_warned_of(steps):
+    """The particles' own spread hides it from all that is judged at the end of the run."""
+    equation = FokkerPlanck(lambda x, t: -40 * x, 1.0)
+    problem = problems.Problem(equation, gaussian(1.0, 1.0, 2), ((-6, 6),) * 2, 1.0)
+    with pytest.warns(RuntimeWarning, match=rf"places by [\d.e+]+ standard deviations, because {steps} steps") as found:
+        solution = ends(problem, steps)
+    assert float(solution.mean[-1].norm()) > 100
+    told = [one for one in found if "standard deviations" in str(one.message)][-1]
+    assert told.filename == __file__
+    assert float(str(told.message).split("places by ")[1].split()[0]) > 10
+
+
 @pytest.mark.parametrize(("scale", "warned"), [(1.0, False), (1.05, False), (1.3, True), (0.7, True)])
 def test_scores_that_do_not_fit_are_warned_of(scale, warned):
     x = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
@@ -308,8 +331,9 @@ def test_the_step_warning_grows_with_the_dimension():
     """A tenth of COARSE for each coordinate beyond ten: 0.5 nats in 50 dimensions."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_steps(0.09, 1.0, 10, 1)
-        warn_of_steps(0.45, 1.0, 10, 50)
-    for error, dim in ((0.11, 1), (0.11, 10), (0.55, 50)):
+        warn_of_steps(0.09, 0.0, 1.0, 10, 1)
+        warn_of_steps(0.45, 0.0, 1.0, 10, 50)
+        warn_of_steps(0.0, 0.09, 1.0, 10, 1)
+    for error, astray, dim in ((0.11, 0.0, 1), (0.11, 0.0, 10), (0.55, 0.0, 50), (0.0, 0.11, 50), (0.0, math.nan, 1)):
         with pytest.warns(RuntimeWarning, match="take 20 or more"):
-            warn_of_steps(error, 1.0, 10, dim)
+            warn_of_steps(error, astray, 1.0, 10, dim)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -206,6 +207,83 @@ def test_paths_that_leave_for_infinity(order):
     equation = FokkerPlanck(lambda x, t: x**9, lambda x, t: 1.0)
     with pytest.raises(UserError, match="not finite"):
         equation.simulate(torch.full((4, 1), 50.0, dtype=DOUBLE), [0.0, 1.0], 50, order=order)
+
+
+def decay(rate, steps, order=1, number=2000, start=1.0):
+    """Paths of dx = -rate x dt + dw from normal places, in two coordinates of which the second is at rest."""
+    equation = FokkerPlanck(lambda x, t: -rate * x * torch.tensor([1.0, 0.0]).to(x), 1.0)
+    x = start + torch.randn(number, 2, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
+    return equation.simulate(x, [0.0, 1.0], steps, torch.Generator().manual_seed(2), order)
+
+
+@pytest.mark.parametrize("number", [1, 50, 2000])
+@pytest.mark.parametrize(("order", "steps"), [(1, 1), (1, 2), (1, 8), (2, 1), (2, 2), (2, 8)])
+def test_steps_that_are_too_long_are_warned_of(order, steps, number):
+    words = (
+        rf"at t=1 is off by at least [\d.e+]+ standard deviations, because {steps} steps .* take {2 * steps} or more"
+    )
+    with pytest.warns(RuntimeWarning, match=words) as found:
+        decay(20.0, steps, order, number)
+    assert found[0].filename == __file__
+
+
+@pytest.mark.parametrize(("order", "steps", "true"), [(1, 12, 1.44), (1, 16, 0.63), (2, 12, 0.56), (2, 16, 0.31)])
+def test_the_error_that_is_warned_of(order, steps, true):
+    """Of the standard deviation at rest, from the closed forms of the schemes' variances; what is named is less."""
+    z = 20.0 / steps
+    kept, added = ((1 - z) ** 2, 2 * z) if order == 1 else ((1 - z + z * z / 2) ** 2, 2 * z * (1 - z / 2) ** 2)
+    assert abs((added / (1 - kept)) ** 0.5 - 1) == pytest.approx(true, abs=0.01)
+    with pytest.warns(RuntimeWarning, match="standard deviations") as found:
+        decay(20.0, steps, order)
+    named = float(str(found[0].message).split("at least ")[1].split()[0])
+    assert 0.4 * true < named < 1.1 * true
+
+
+RIGHT = {
+    "decay": lambda order, number: decay(20.0, 200 if order == 1 else 40, order, number),
+    "far": lambda order, number: decay(20.0, 200 if order == 1 else 40, order, number, start=50.0),
+    "well": lambda order, number: right(lambda x: 4 * (x - x**3), 1.0, order, number),
+    "langevin": lambda order, number: right(
+        lambda x: torch.stack([x[:, 1], -x.sum(1)], 1), lambda x, t: torch.tensor([0.0, 1.0]).to(x), order, number
+    ),
+    "geometric": lambda order, number: right(lambda x: 0.3 * x, lambda x, t: 0.5 * x, order, number),
+    "still": lambda order, number: right(lambda x: 0 * x, 0.0, order, number),
+    "certain": lambda order, number: right(lambda x: -x, 0.0, order, number),
+}
+
+
+def right(drift, diffusion, order, number):
+    equation = FokkerPlanck(
+        lambda x, t: drift(x), lambda x, t: (diffusion(x, t) if callable(diffusion) else x * 0 + diffusion).expand_as(x)
+    )
+    x = torch.ones(number, 2, dtype=DOUBLE)
+    return equation.simulate(x, [0.0, 0.5, 2.0], 100, torch.Generator().manual_seed(0), order)
+
+
+@pytest.mark.parametrize("number", [1, 50, 2000])
+@pytest.mark.parametrize("order", sorted(SCHEMES))
+@pytest.mark.parametrize("name", RIGHT)
+def test_steps_that_are_short_enough_are_not(name, order, number):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        RIGHT[name](order, number)
+
+
+def test_cost_of_the_check():
+    """Two more drifts a step for each path that is followed: at most 1024, and an eighth of many."""
+    asked = []
+
+    def drift(x, t):
+        asked.append(len(x))
+        return -x
+
+    for number, most in ((800, 128), (4000, 500), (20_000, 1024)):
+        equation = FokkerPlanck(drift, 1.0)
+        x = torch.ones(number, 1, dtype=DOUBLE)
+        equation.drift(x, 0.0)
+        asked.clear()
+        equation.simulate(x, [0.0, 1.0], 10, torch.Generator().manual_seed(0))
+        assert 10 * number < sum(asked) <= 10 * (number + 2 * most)
 
 
 FLOWS = {
