@@ -24,11 +24,15 @@ RESIDUALS = 1024  # coordinates of all trajectories together, at least
 CHANGE = 0.01  # of an unknown, for its derivative
 DAMPING = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # of a round; the best is taken
 GAIN = 0.03  # share of the error that a round must take away to be followed by another
+FAILURES = (UserError, OverflowError, torch.linalg.LinAlgError)  # of steps too long for the model, or for numbers
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A sampler and what it is worth: median over fresh draws of the distance from the exact ODE, per coordinate."""
+    """A sampler and what it is worth: median over fresh draws of the distance from the exact ODE, per coordinate.
+
+    Infinite where the sampler fails.
+    """
 
     sampler: Multistep
     error: float
@@ -65,6 +69,9 @@ def tune(
 
     Returns:
         The better on the fresh draws of what was found and of the default.
+
+    Raises:
+        UserError: every one of them fails, as where the velocity is not finite.
     """
     if nfe < 2 or (trajectories is not None and trajectories < 2) or rounds < 1:
         raise UserError(
@@ -83,7 +90,9 @@ def tune(
     total, done = rounds * sum(_unknowns(start) + len(DAMPING) for start in starts), itertools.count(1)
     found = [_fitted(start, problem, rounds, lambda error: progress(next(done), total, error)) for start in starts]
     fresh = _Problem(model, fine, *draw(4 * trajectories, generator))
-    errors = [fresh.errors(sampler).median().item() for sampler in (default, *found)]
+    errors = [fresh.attempt(sampler).norm(dim=1).median().item() for sampler in (default, *found)]
+    if min(errors) == math.inf:
+        fresh.errors(default)  # says what is wrong
     best = errors.index(min(errors))
     return Tuned((default, *found)[best], errors[best], errors[0])
 
@@ -127,6 +136,13 @@ class _Problem:
         away = (self.x_0 - sampler(self.model, self.x_T, **self.conditions)).flatten(1)
         return away / away.shape[1] ** 0.5
 
+    def attempt(self, sampler: Multistep, first: bool = True) -> Tensor:
+        """`residuals`, infinite where the sampler fails."""
+        try:
+            return self.residuals(sampler, first)
+        except FAILURES:
+            return torch.full_like(self.x_0.flatten(1), math.inf)
+
     def errors(self, sampler: Multistep) -> Tensor:
         """(B,) root mean square over coordinates."""
         return self.residuals(sampler).norm(dim=1)
@@ -144,17 +160,15 @@ def _fitted(start: Multistep, problem: _Problem, rounds: int, progress: Callable
 
     def solved(changes: Iterable[Tensor]) -> Iterator[Tensor]:
         for change in changes:
-            try:
-                found = problem.residuals(_changed(start, unknowns + change), first=False)
-            except (UserError, OverflowError, torch.linalg.LinAlgError):  # steps too long for the model, or for numbers
-                found = torch.full_like(residuals, math.inf)
-            yield found
+            yield problem.attempt(_changed(start, unknowns + change), first=False)
             progress(least)
 
     for _ in range(rounds):
-        residuals = problem.residuals(_changed(start, unknowns))
+        residuals = problem.attempt(_changed(start, unknowns))
         errors = residuals.norm(dim=1)
         least = _mean(errors)
+        if least == math.inf:
+            break
         trust = errors.clamp_min(errors.median() / 4 + 1e-12).reciprocal()[:, None]
         slopes = torch.stack([(trust * (residuals - r) / CHANGE).flatten() for r in solved(CHANGE * identity)])
         curvature, downhill = slopes @ slopes.T, slopes @ (trust * residuals).flatten()

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from problems import mixture
+from scipy.integrate import solve_ivp
 
 from diffusion.errors import UserError
-from diffusion.fields import gravity, linear
+from diffusion.fields import EmpiricalField, gravity, linear, radial_stretched
 from diffusion.samplers import BandGrid, Captured, Counted, Multistep, Tuned, store_tuned, tune, tuned_sampler, tuning
 from diffusion.samplers.tuning import REFERENCE, _changed, _fitted, _mean, _Problem
 
@@ -98,6 +99,50 @@ def test_a_sampler_that_ends_with_the_estimate_is_tuned_as_such():
     assert tuned.error == pytest.approx(float(fresh.errors(tuned.sampler).median()), rel=0.15)
 
 
+@pytest.mark.parametrize("dim", [2, 64])
+def test_the_reference_is_exact_where_lines_bend_up_to_the_horizon(dim):
+    """Beside an eighth-order method in the field's clock u = t^(1 / 7)."""
+    field = radial_stretched(dim, t_min=0.1 * dim**0.5)
+    g = torch.Generator().manual_seed(1)
+    model = EmpiricalField(field, torch.randn(20, dim, generator=g, dtype=torch.float64))
+    x_T = field.sample_prior((4, dim), g, dtype=torch.float64)
+
+    def slope(u, x):
+        return 7 * u**6 * model.velocity(torch.from_numpy(x).view(-1, dim), u**7).flatten().numpy()
+
+    ends = (field.horizon ** (1 / 7), field.t_min ** (1 / 7))
+    x = solve_ivp(slope, ends, x_T.flatten().numpy(), "DOP853", rtol=1e-7, atol=1e-7).y[:, -1]
+    x = torch.from_numpy(x).view(-1, dim)
+    expected = field.endpoint(x, field.t_min, model.velocity(x, field.t_min))
+    away = (_Problem(model, replace(REFERENCE, denoise=True), x_T, {}).x_0 - expected).square().mean(1).sqrt()
+    assert away.median() < 1e-5
+
+
+@pytest.mark.parametrize("failing", [[2], [3], [2, 3]], ids=str)
+def test_an_order_that_fails_where_it_starts_is_passed_over(failing, monkeypatch):
+    model, residuals = mixture(linear(2)), _Problem.residuals
+
+    def sometimes(problem, sampler, first=True):
+        if sampler.order in failing:
+            raise UserError("velocity of sample 0 is not finite")
+        return residuals(problem, sampler, first)
+
+    monkeypatch.setattr(_Problem, "residuals", sometimes)
+    tuned = tune(model, draws(model), 5, trajectories=8, rounds=1)
+    assert tuned.sampler.order == ({2, 3} - {*failing} or {None}).pop()
+    assert tuned.error <= tuned.default_error < math.inf
+
+
+def test_where_all_fail_tuning_says_why(monkeypatch, user_error):
+    def never(problem, sampler, first=True):
+        raise UserError("velocity of sample 0 is not finite")
+
+    model = mixture(linear(2))
+    monkeypatch.setattr(_Problem, "residuals", never)
+    with user_error("velocity of sample 0 is not finite"):
+        tune(model, draws(model), 4, trajectories=4)
+
+
 def test_the_better_order_wins_where_there_are_many_evaluations():
     model = mixture(linear(2))
     tuned = tune(model, draws(model), 16, trajectories=12, rounds=2)
@@ -137,7 +182,7 @@ def test_progress_is_told_of_every_solution(found):
 
 
 @pytest.mark.parametrize(
-    ("field", "nfe", "number"), [(gravity(2), 3, 48), (linear(2), 11, 16)], ids=["weights too", "times alone"]
+    ("field", "nfe", "number"), [(gravity(2), 3, 48), (linear(2), 11, 48)], ids=["weights too", "times alone"]
 )
 def test_no_unknown_lowers_the_error_much_further(field, nfe, number):
     """At what is found the geometric mean, which is what falls, is nearly as small as it gets along each unknown."""
@@ -152,7 +197,7 @@ def test_no_unknown_lowers_the_error_much_further(field, nfe, number):
     weights = sum(map(sum, found.shapes())) if found.factors else 0
     for unknown in torch.eye(nfe + weights, dtype=torch.float64):
         for size in (-0.02, 0.02):
-            assert _mean(problem.errors(moved(found, size * unknown))) > 0.95 * least
+            assert _mean(problem.errors(moved(found, size * unknown))) > 0.92 * least
 
 
 def moved(sampler, unknowns):
