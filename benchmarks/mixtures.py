@@ -89,7 +89,7 @@ class Mixture:
         def reach(shape: float) -> float:  # how far a Gamma law reaches down in the logarithm, to 1e-12
             return 56 / shape + 10.5 / math.sqrt(shape) + 0.5
 
-        farthest = math.log((D + d) / (D + float((squared / sigma.square()).max())))  # where all is noise
+        farthest = math.log((D + d) / (D + float((squared / sigma.square()).max().detach())))  # where all is noise
         covered = min(0.0, float((sigma.square() / signal).min().log()))  # above this the signal hides the noise
         low = min(farthest - reach(D + d), max(-reach(D), covered - reach(D + d)))
         high = math.log((D + d + 11 * math.sqrt(D + d) + 56) / D)
