@@ -4,11 +4,10 @@ N particles and as many data points, normal, the means apart by half a standard 
 scales by a factor of 1.3, in d = 2 and d = 64, float32 on one thread. Three ways to a velocity: by slices and sorting
 (EnergyDistance, fitted anew each time, as a flow does), by a chunked sum over all pairs, and by geomloss (energy,
 value and backward pass): with tensors, which are N x N, and with KeOps where pykeops is installed, without them.
-Times are CPU time, median over turns, from 100,000 on of one; memory is the peak of the resident set above what was
-there before the call. The
-error is |velocity - exact| / |exact| against the sum over all pairs in float64, for one draw of directions, and for the
-mean over `DRAWS` draws, which a flow of small steps sees. The slope is that of log time in log N, by least squares; for
-N log N it is shown beside.
+Times are CPU time, median over turns; of what takes minutes at 100,000, one call. Memory is the peak of the resident
+set above what was there before the call. The error is |velocity - exact| / |exact| against the sum over all pairs in
+float64, for one draw of directions, and for the mean over `DRAWS` draws, which a flow of small steps sees. The slope
+is that of log time in log N, by least squares; for N log N it is shown beside.
 """
 
 import argparse

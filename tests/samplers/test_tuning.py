@@ -200,6 +200,20 @@ def test_no_unknown_lowers_the_error_much_further(field, nfe, number):
             assert _mean(problem.errors(moved(found, size * unknown))) > 0.92 * least
 
 
+def test_a_round_moves_every_unknown():
+    """One without a derivative would stay, and the others make up for it."""
+    model = mixture(gravity(2))
+    problem = _Problem(model, REFERENCE, *draws(model)(16, torch.Generator().manual_seed(3)))
+    grid = Multistep(4).default_grid(model, problem.x_T)
+    start = Multistep(4, 2, grid=replace(grid, shares=(0.0, 0.25, 0.5, 0.75, 1.0)), std=0.8)
+    found = _fitted(start, problem, 1, lambda error: None)
+    left = 1 - torch.tensor(found.grid.shares, dtype=torch.float64)
+    ratios = left[:-2] / left[1:-1] - 1
+    assert float((ratios - torch.tensor([1 / 3, 1 / 2, 1])).abs().min()) > 1e-4
+    assert abs(found.std - 0.8) > 1e-4
+    assert min(abs(factor - 1) for pair in found.factors for side in pair for factor in side) > 1e-4
+
+
 def moved(sampler, unknowns):
     """Changed from where it is: factors multiply."""
     changed = _changed(replace(sampler, factors=None), unknowns)
