@@ -101,6 +101,7 @@ def test_every_sampler_runs_and_the_evaluations_are_reported(run, trained, tmp_p
         (["sampler=euler_maruyama", "sampler.steps=4"], "4 evaluations"),
         (["sampler=predictor_corrector", "sampler.steps=4"], "7 evaluations"),
         (["sampler=churn", "sampler.steps=4"], "7 evaluations"),
+        (["sampler=ancestral", "sampler.steps=4"], "4 evaluations"),
     ]:
         status, out, err = run("sample", checkpoint, "num_samples=2", *options)
         assert (status, err.count("error")) == (0, 0)
@@ -124,8 +125,8 @@ def test_a_tuned_sampler_takes_the_evaluations_that_it_was_tuned_for(run, traine
 
 
 def test_a_sampler_that_does_not_suit_the_field_is_refused_before_training(run, tmp_path):
-    status, out, err = run("train", *TINY, "sampler=ancestral", f"hydra.run.dir={tmp_path / 'run'}")
-    assert status == 2 and "Gaussian base" in err
+    status, out, err = run("train", *TINY, "model.heads=1", "sampler=stochastic", f"hydra.run.dir={tmp_path / 'run'}")
+    assert status == 2 and "heads=2" in err
     assert "training in" not in out and not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -237,7 +238,7 @@ BAD_COMMANDS = [
     ("evaluate", ["checkpoint=TRAINED", "num_samples=1"], "1"),
     ("evaluate", ["checkpoint=TRAINED", "likelihood=451"], "likelihood is 451, expected from 0 to 450 test points"),
     ("train", ["sampler=tuned"], "sampler=tuned is for a checkpoint that scripts/tune.py has tuned"),
-    ("train", ["sampler=ancestral"], "ancestral sampling needs an affine field with a Gaussian base"),
+    ("train", ["sampler=churn", "field=pfgmpp", "model.heads=1"], "train one with heads=2 (model.heads=2)"),
     ("sample", ["checkpoint=TRAINED", "sampler=multistep", "sampler.steps=2.5"], "steps=2.5, expected a whole number"),
     ("sample", ["checkpoint=TRAINED", "sampler=multistep", "sampler.order=7"], "order=7, expected 1, 2, 3 or 4"),
     ("sample", ["checkpoint=TRAINED", "sampler=churn", "sampler.highest=0"], "highest=0"),

@@ -37,10 +37,13 @@ class Law(ABC):
     Attributes:
         std: standard deviation per coordinate (root mean square over coordinates), infinite where there is none.
         dim: number of coordinates where the law is tied to one, otherwise None.
+        stability: a, where r z + (1 - r^a)^(1/a) z' of two independent draws has the law of z, for every r from 0 to 1;
+            None where no a is known.
     """
 
     std: float = 1.0
     dim: int | None = None
+    stability: float | None = None
 
     @abstractmethod
     def draw(
@@ -63,17 +66,6 @@ class Law(ABC):
         One scale, `std`, for every law with a variance and independent coordinates, where the radius of z says nothing.
         """
         return Scales(torch.tensor([self.std], dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
-
-    def remainder(
-        self,
-        ratio: float,
-        size: Sequence[int],
-        generator: torch.Generator | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
-        """Draws of w, independent of z, such that ratio z + w has the law of z; `ratio` is from 0 to 1."""
-        raise UserError(f"no noise is known that raises the level of {type(self).__name__} noise and keeps its law")
 
     def _check(self, size: Sequence[int]) -> None:
         check_dim(size, self.dim)
@@ -101,6 +93,8 @@ def _place(generator: torch.Generator | None, device: torch.device | str | None)
 class Gaussian(IsotropicLaw):
     """z ~ N(0, I)."""
 
+    stability = 2.0
+
     def __init__(self, dim: int | None = None):
         self.dim = dim
 
@@ -110,9 +104,6 @@ class Gaussian(IsotropicLaw):
 
     def log_prob_at(self, squared, dim):
         return -0.5 * (squared + dim * math.log(2 * math.pi))
-
-    def remainder(self, ratio, size, generator=None, dtype=None, device=None):
-        return math.sqrt(1 - ratio**2) * self.draw(size, generator, dtype, device)
 
 
 @recorded
@@ -131,6 +122,7 @@ class StudentT(IsotropicLaw):
             raise UserError(f"Student-t law has dim {dim}, expected the number of data coordinates, at least 1")
         self.dof, self.dim = float(dof), int(dim)
         self.std = math.sqrt(dof / (dof - 2)) if dof > 2 else math.inf
+        self.stability = 1.0 if dof == 1 else None  # exp(-|k|) is the characteristic function: scales add up
 
     def draw(self, size, generator=None, dtype=None, device=None):
         self._check(size)
@@ -145,19 +137,6 @@ class StudentT(IsotropicLaw):
         dof = self.dof
         constant = math.lgamma((dof + dim) / 2) - math.lgamma(dof / 2) - 0.5 * dim * math.log(dof * math.pi)
         return constant - 0.5 * (dof + dim) * torch.log1p(squared / dof)
-
-    def remainder(self, ratio, size, generator=None, dtype=None, device=None):
-        """With one degree of freedom scales add up: exp(-|k|) is the characteristic function.
-
-        Raises:
-            UserError: there are more degrees of freedom, or less than one.
-        """
-        if self.dof != 1:
-            raise UserError(
-                f"noise that raises the level of Student-t noise and keeps its law is known for 1 degree of freedom, "
-                f"which is gravity, not for {self.dof:g}"
-            )
-        return (1 - ratio) * self.draw(size, generator, dtype, device)
 
     @property
     def scales(self):

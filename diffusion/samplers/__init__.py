@@ -2,8 +2,10 @@
 
 from diffusion.samplers.adaptive import Adaptive
 from diffusion.samplers.adaptive_multistep import AdaptiveMultistep
+from diffusion.samplers.ancestral import Ancestral
 from diffusion.samplers.base import Counted, FixedStep, Model, ODESampler, PlannedSampler, Sampler, generate
 from diffusion.samplers.capture import Captured
+from diffusion.samplers.churn import Churn
 from diffusion.samplers.euler import Euler
 from diffusion.samplers.grids import BandGrid, Grid, LogSNRGrid, PowerGrid, SigmaGrid
 from diffusion.samplers.heun import Heun
@@ -11,8 +13,6 @@ from diffusion.samplers.multistep import Multistep
 from diffusion.samplers.runge_kutta import RungeKutta
 from diffusion.samplers.scores import Joint, Motion, Scored, motion
 from diffusion.samplers.stochastic import (
-    Ancestral,
-    Churn,
     EulerMaruyama,
     PredictorCorrector,
     RenewalGrid,

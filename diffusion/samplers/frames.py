@@ -78,7 +78,12 @@ class Frame(ABC):
         model: with `.field`, a velocity and, where the base is not Gaussian, a score.
         x: points like those that will move.
         conditions: passed to the model.
+
+    Attributes:
+        stability: of the law of an affine field's noise (Law.stability); None where there is none.
     """
+
+    stability: float | None = None
 
     def __init__(self, model, x: Tensor, conditions: Mapping[str, Any]):
         self.model, self.conditions = model, conditions
@@ -91,6 +96,10 @@ class Frame(ABC):
         """f_t(x) and the score, checked."""
         velocity, score = motion(self.model, x, t.expand(len(x)), **self.conditions)
         return Motion(finite(velocity, "velocity", t), finite(score, "score", t))
+
+    @abstractmethod
+    def log_level(self, t: Tensor) -> Tensor:
+        """Logarithm of the level of noise (n,), float64: sigma / alpha, of fields that are not affine sigma."""
 
     @abstractmethod
     def power(self, t: Tensor) -> Tensor:
@@ -106,7 +115,10 @@ class Frame(ABC):
 
     @abstractmethod
     def step(self, t: Tensor, t_next: Tensor, renewal: float) -> Step:
-        """From `t` to `t_next` <= t. With t_next = t it is a Langevin step, which keeps p_t."""
+        """From `t` to `t_next`. With t_next = t it is a Langevin step, which keeps p_t.
+
+        Up, to t_next > t, it is one of dx = [f + (1/2) g^2 s] dt + g dw, which has the marginals too.
+        """
 
     def renewals(self, noise: Noise, times: Tensor) -> list[float]:
         """Lambda of each step between `times` (n,), by Gauss's rule in log t.
@@ -143,12 +155,15 @@ class AffineFrame(Frame):
     def __init__(self, model, x, conditions):
         super().__init__(model, x, conditions)
         self.field: AffineField = model.field
-        self.gaussian = gaussian(model.field)
+        self.gaussian, self.stability = gaussian(model.field), model.field.base.stability
         self.schedule_at = functools.cache(lambda t: self.field.schedule(x[:1], t))
 
     def _schedule(self, t: Tensor):
         schedule = self.field.schedule(torch.empty(t.numel(), 1, dtype=torch.float64), t.double().cpu().flatten())
         return [c.flatten() for c in schedule]
+
+    def log_level(self, t):
+        return self.field.log_noise_to_signal(t.double().cpu())
 
     def power(self, t):
         return self._schedule(t)[1].square()
@@ -197,6 +212,9 @@ class PlainFrame(Frame):
             powers.append((draws - draws.median(0).values).square().mean(1).median())
         unit = (1 - 2 / (9 * x[0].numel())) ** 3  # Wilson and Hilferty's median of chi^2_d / d
         self.log_times, self.log_powers = times.log(), (torch.stack(powers) / unit).log()
+
+    def log_level(self, t):
+        return self.power(t).log() / 2
 
     def power(self, t):
         at = t.double().cpu().log().flatten()

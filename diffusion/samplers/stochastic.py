@@ -15,7 +15,6 @@ from diffusion.fields import AffineField, Field
 from diffusion.samplers.base import Model, Randomness, Sampler, finite, state_dtype, whole
 from diffusion.samplers.frames import AffineFrame, Frame, Noise, PlainFrame
 from diffusion.samplers.grids import Grid, PowerGrid
-from diffusion.samplers.scores import gaussian
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,12 @@ class Draws:
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal numbers."""
         return self(torch.randn, like)
+
+
+def own_noise(frame: Frame, x: Tensor, t: Tensor, renewal: float, draws: Draws) -> Tensor:
+    """What makes noise at `t` of the share exp(-renewal) of it, for an affine field whose base is stable."""
+    field, a = frame.model.field, frame.stability
+    return float(field.sigma(t)) * (-math.expm1(-a * renewal)) ** (1 / a) * draws(field.base.draw, x)
 
 
 @dataclass(frozen=True)
@@ -170,103 +175,3 @@ class PredictorCorrector(SDESampler):
             for _ in range(self.corrections):
                 x = langevin(x, frame.pair(x, t_next, each), draws.normal(x))
         return x
-
-
-@dataclass(frozen=True)
-class Ancestral(StochasticSampler):
-    """DDPM (Ho et al. 2020) for eta = 1, DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16) for eta = 0.
-
-    x' is drawn from q(x'|x, x0) with x0 replaced by its mean given x. First order, `steps` evaluations in all.
-
-    Args:
-        eta: standard deviation of the noise in units of that of q(x'|x, x0), from 0 to 1.
-    """
-
-    eta: float = 1.0
-    order = 1
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.eta <= 1:
-            raise UserError(f"eta is {self.eta}, expected a number from 0 to 1")
-
-    def integrate(self, frame, x, times, draws):
-        if not gaussian(frame.model.field):
-            raise UserError(
-                "ancestral sampling needs an affine field with a Gaussian base: elsewhere no q(x'|x, x0) is known; "
-                "take Stochastic, or Churn for gravity"
-            )
-        log_ratio = frame.model.field.log_noise_to_signal(times)
-        for t, t_next, drop in zip(times.to(x)[:-1], times.to(x)[1:], log_ratio.diff().tolist(), strict=True):
-            renewal = -0.5 * math.log1p(self.eta**2 * math.expm1(2 * drop)) if self.eta < 1 else -drop
-            step = frame.step(t, t_next, renewal)
-            x = step(x, frame.pair(x, t, renewal), draws.normal(x) if renewal else 0.0)
-        return x
-
-
-@dataclass(frozen=True)
-class Churn(StochasticSampler):
-    """EDM's sampler (Karras et al. 2022, algorithm 2): noise is added up to a higher level, then Heun's step goes down.
-
-    Second order, 2 steps - 1 evaluations in all. To raise the level and stay on the marginals takes a law that noise
-    can be added to: Gaussian, or gravity's, whose scales add up. The level is sigma / alpha. No score is needed.
-
-    Args:
-        churn: EDM's S_churn: the level is raised by the factor 1 + churn / steps, at most by sqrt(2).
-        lowest, highest: levels between which it is raised; EDM's S_min and S_max.
-        inflate: EDM's S_noise, a factor of the standard deviation of the noise; 1 is right for an exact model.
-    """
-
-    churn: float = 20.0
-    lowest: float = 0.0
-    highest: float = math.inf
-    inflate: float = 1.0
-    order = 2
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.churn < math.inf:
-            raise UserError(f"churn is {self.churn}, expected a number of 0 or more")
-        levels = (self.lowest, self.highest, self.inflate)
-        if not (all(isinstance(level, int | float) for level in levels) and 0 <= self.lowest < self.highest):
-            raise UserError(
-                f"churn has lowest={self.lowest}, highest={self.highest} and inflate={self.inflate}, expected numbers "
-                "with 0 <= lowest < highest"
-            )
-
-    def integrate(self, frame, x, times, draws):
-        field = frame.model.field
-        if not isinstance(field, AffineField):
-            raise UserError(
-                f"churn needs an affine field, and this is {type(field).__name__}: no noise is known that raises its "
-                "level and keeps its marginals; take Stochastic where the model has a score, or a sampler of the ODE"
-            )
-        log_level = field.log_noise_to_signal(times)
-        gain = math.log1p(min(self.churn / self.steps, math.sqrt(2) - 1))
-        churned = (log_level >= math.log(max(self.lowest, 1e-300))) & (log_level <= math.log(self.highest))
-        raised = times.where(~churned, self._time_at(field, log_level + gain, times))
-        for t, t_up, t_next in zip(times.to(x)[:-1], raised.to(x)[:-1], times.to(x)[1:], strict=True):
-            if t_up > t:
-                x = self._raise(field, x, t, t_up, draws)
-            h, slope = t_next - t_up, frame.velocity(x, t_up)
-            x = x + 0.5 * h * (slope + frame.velocity(x + h * slope, t_next))
-        return x
-
-    def _raise(self, field: AffineField, x: Tensor, t: Tensor, t_up: Tensor, draws: Draws) -> Tensor:
-        (alpha, alpha_up), (sigma, sigma_up) = (c(torch.stack([t, t_up])).tolist() for c in (field.alpha, field.sigma))
-        ratio = alpha_up * sigma / (alpha * sigma_up)
-
-        def remainder(size, **options):
-            return field.base.remainder(ratio, size, **options)
-
-        return alpha_up / alpha * x + self.inflate * sigma_up * draws(remainder, x)
-
-    @staticmethod
-    def _time_at(field: AffineField, log_level: Tensor, times: Tensor) -> Tensor:
-        """The times (n,) of these log(sigma / alpha), at most the horizon, by bisection from `times` up."""
-        low, high = times.clone(), torch.full_like(times, field.horizon)
-        for _ in range(60):
-            middle = (low + high) / 2
-            above = field.log_noise_to_signal(middle) > log_level
-            low, high = low.where(above, middle), middle.where(above, high)
-        return high
