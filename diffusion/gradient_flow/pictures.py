@@ -25,7 +25,7 @@ def save_curve(run: Run, path: str | Path) -> Path:
     time = run.columns["time"]
     left.plot(time, run.columns["functional"])
     left.set(title="functional", xlabel="time")
-    left.set_yscale("log" if min(run.columns["functional"]) > 0 else "linear")
+    left.set_yscale("log" if min(run.columns["functional"]) > 0 else "symlog")
     right.plot(time, run.columns["nearest"], label="particles")
     right.axhline(run.held_out, linestyle="--", color="grey", label="held-out points")
     right.set(title="distance from the nearest training point (median)", xlabel="time", ylim=(0, None))

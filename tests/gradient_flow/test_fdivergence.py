@@ -3,12 +3,12 @@ import math
 
 import pytest
 import torch
+from cases import GaussianRatio, LineRatio, draws, quantiles
 from scipy.integrate import quad
 from scipy.stats import norm
 
 from diffusion.gradient_flow.flows.wasserstein import WassersteinFlow
 from diffusion.gradient_flow.functionals.fdivergence import KINDS, Divergence, FDivergence, power
-from diffusion.gradient_flow.functionals.ratios import Ratio
 from diffusion.gradient_flow.gaussian_flow import GaussianFlow
 from diffusion.metrics import GaussianLaw, gaussian_bhattacharyya, gaussian_kl
 
@@ -24,12 +24,6 @@ def kind(name):
 def log_ratio(x):
     """log p/q of P and Q at x (N, 1)."""
     return (-(((x - 0.3) / 1.0) ** 2) / 2 + (x / 1.1) ** 2 / 2 + math.log(1.1)).flatten()
-
-
-def quantiles(number=200_000):
-    """Midpoints of equal shares of Q, (number, 1): the mean over them is an integral against Q."""
-    levels = (torch.arange(number, dtype=torch.float64) + 0.5) / number
-    return 1.1 * torch.special.ndtri(levels)[:, None]
 
 
 def line(law):
@@ -63,7 +57,7 @@ class TestKinds:
         functional = FDivergence(kind(name), log_ratio)
         # Neyman's integrand grows in the tails that the last of the quantiles cut off.
         rel = 1e-2 if name == "neyman" else 1e-4
-        assert float(functional.value(quantiles())) == pytest.approx(KNOWN[name](), rel=rel)
+        assert float(functional.value(quantiles(200_000, *Q.args))) == pytest.approx(KNOWN[name](), rel=rel)
 
     @every
     def test_the_velocity_is_minus_the_gradient_of_the_first_variation(self, name):
@@ -107,13 +101,13 @@ class TestKinds:
 class TestTangent:
     @every
     def test_fitted_or_not_the_value_is_the_same_at_these_particles(self, name):
-        x, functional = quantiles(1000), FDivergence(kind(name), log_ratio)
+        x, functional = quantiles(1000, *Q.args), FDivergence(kind(name), log_ratio)
         assert float(functional.fitted(x).value(x)) == pytest.approx(float(functional.value(x)), rel=1e-10)
 
     @every
     def test_elsewhere_it_is_a_lower_bound_of_second_order(self, name):
         """Of Q moved by s: the gap is positive and grows as s^2."""
-        x, functional = quantiles(), FDivergence(kind(name), log_ratio)
+        x, functional = quantiles(200_000, *Q.args), FDivergence(kind(name), log_ratio)
         fitted, gaps = functional.fitted(x), []
         for s in (0.05, 0.1):
             moved = x + s
@@ -124,26 +118,12 @@ class TestTangent:
         assert gaps[1] / gaps[0] == pytest.approx(4, rel=0.25)
 
 
-class Follows(Ratio):
-    """The ratio of a Gaussian target to the Gaussian of the particles."""
-
-    def __init__(self, target, now=None):
-        self.target, self.now = target, now
-
-    def log_ratio(self, particles):
-        p, q = (torch.distributions.MultivariateNormal(*law) for law in (self.target, self.now))
-        return p.log_prob(particles) - q.log_prob(particles)
-
-    def fitted(self, particles, generator=None):
-        return Follows(self.target, GaussianLaw.of(particles))
-
-
 class TestFlow:
     TARGET = GaussianLaw(torch.tensor([1.0, 0.0]).double(), torch.tensor([[1.0, 0.3], [0.3, 0.5]]).double())
 
     def test_reverse_kl_moves_gaussians_as_their_exact_flow(self):
         x = 2 * torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        flow = WassersteinFlow(FDivergence("reverse_kl", Follows(self.TARGET)), control=None)
+        flow = WassersteinFlow(FDivergence("reverse_kl", GaussianRatio(self.TARGET)), control=None)
         exact = GaussianFlow(self.TARGET).at(GaussianLaw.of(x), 0.4)
         gaps = []
         for steps in (20, 40):
@@ -153,10 +133,31 @@ class TestFlow:
         assert gaps[0] / gaps[1] == pytest.approx(2, abs=0.3)
 
     @every
+    def test_every_divergence_falls(self, name):
+        """With the exact ratio, which follows the particles: from its known value, through positive ones, to near 0."""
+        ratio = LineRatio(torch.distributions.Normal(*P.args).log_prob)
+        moments = list(WassersteinFlow(FDivergence(kind(name), ratio)).moments(quantiles(400, *Q.args), 20, 0.05))
+        values = [moment.value() for moment in moments]
+        assert values[0] == pytest.approx(KNOWN[name](), rel=3e-2 if name == "neyman" else 1e-2)
+        assert all(0 < later < earlier for earlier, later in itertools.pairwise(values))
+        assert values[-1] < 0.7 * values[0]
+        if name == "reverse_kl":
+            law = GaussianFlow(line(P)).at(line(Q), moments[-1].time)
+            assert values[-1] == pytest.approx(gaussian_kl(law, line(P)), rel=0.1)
+
+    def test_the_value_along_the_way_is_that_of_the_ratio_there(self):
+        """After steps so long that the tangent of the step before is far off."""
+        x = 2 + draws(60, 2, 0)
+        flow = WassersteinFlow(FDivergence("reverse_kl", GaussianRatio(self.TARGET)), control=None)
+        for moment in flow.moments(x, 3, 0.3):
+            expected = gaussian_kl(GaussianLaw.of(moment.particles), self.TARGET)
+            assert moment.value() == pytest.approx(expected, rel=1e-9)
+
+    @every
     def test_every_kind_nears_the_target(self, name):
         """At small steps, while the particles' law stays close to Gaussian, KL falls with every one of them."""
         x = 0.5 + torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        flow = WassersteinFlow(FDivergence(kind(name), Follows(self.TARGET)))
+        flow = WassersteinFlow(FDivergence(kind(name), GaussianRatio(self.TARGET)))
         moments = list(flow.moments(x, steps=20, step_size=0.01))
         kl = [gaussian_kl(GaussianLaw.of(moment.particles), self.TARGET) for moment in moments]
         assert kl[-1] < 0.97 * kl[0]

@@ -34,7 +34,7 @@ class AnnealedLangevin(Flow):
     level, for there no law is narrower than its noise. From one time to the next particles also move by one Euler step
     of the model's velocity, the predictor of Song et al. 2021 (arXiv 2011.13456): without it the heavy tails of noise
     such as gravity's stay where they are, for their score is too weak. In the end the particles have the law of the
-    model at the last of the times.
+    model at the last of the times: KL to it is the flow's functional, and what is reported along the way.
 
     Args:
         model: a Generator, an EmpiricalField, or any object with `field`, an affine one, `score(x, t)` and
@@ -75,24 +75,25 @@ class AnnealedLangevin(Flow):
 
     @property
     def functional(self) -> Functional:
-        return self._flows[0].functional
+        return self._flows[-1].functional
 
     def subject(self):
-        return self._flows[0].subject()
+        return self._flows[-1].subject()
 
     def begin(self, particles):
         return self._flows[0].begin(particles)
 
     def advance(self, moment, step_size, generator):
         level = min(moment.step // self.repeats, len(self.times) - 1)
-        flow = self._flows[level]
+        flow, x, memory = self._flows[level], moment.particles, moment.memory
         if level and moment.step == level * self.repeats:
-            x, before, now = moment.particles, *self.times[level - 1 : level + 1]
+            before, now = self.times[level - 1 : level + 1]
             with torch.no_grad():
                 x = x + (now - before) * self.model.velocity(x, before).to(x)
-            moment = replace(moment, particles=x, functional=flow.subject().fitted(x, generator), memory=flow.begin(x))
+            memory = flow.begin(x)
+        here = replace(moment, particles=x, functional=flow.subject().fitted(x, generator), memory=memory)
         sigma = float(self.model.field.sigma(torch.tensor(self.times[level], dtype=torch.float64)))
-        return flow.advance(moment, step_size * sigma**2, generator)
+        return replace(flow.advance(here, step_size * sigma**2, generator), functional=moment.functional)
 
     def copied(self, memory, origin):
         return self._flows[0].copied(memory, origin)

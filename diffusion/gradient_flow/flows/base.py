@@ -36,8 +36,12 @@ class Moment:
     origin: Tensor | None = None
 
     def value(self) -> float:
-        """The functional at the particles."""
-        return float(self.functional.value(self.particles))
+        """The flow's functional at the particles, fitted to them, with the same random numbers at every moment.
+
+        So the values of a run are those of one functional, whatever the steps in between followed.
+        """
+        same = torch.Generator(self.particles.device).manual_seed(0)
+        return float(self.functional.fitted(self.particles, same).value(self.particles))
 
 
 class Flow(ABC):

@@ -97,8 +97,8 @@ class FDivergence(Functional):
 
     Args:
         kind: a name in `KINDS`, or a Divergence.
-        ratio: log p/q, (N, *shape) -> (N,) in torch operations: a callable, which stays as it is, or a Ratio, such as
-            ClassifierRatio(data).
+        ratio: log p/q, (N, *shape) -> (N,) in torch operations: a Ratio, such as ClassifierRatio(data), which follows
+            the particles of a flow; or a callable, which stays that to the law q for which it was given.
         level: E_q0[r0 f'(r0)]; None: nothing was fitted.
 
     Raises:
