@@ -1,6 +1,8 @@
 """The Sinkhorn divergence against exact transport, its limits and finite differences."""
 
+import copy
 import dataclasses
+import pickle
 import warnings
 
 import pytest
@@ -147,6 +149,22 @@ def test_transports_are_annealed_once_and_only_those_that_are_needed(annealed):
     assert len(annealed) == 5
     SinkhornDivergence(y, 0.5).relative().fitted(x).value(x)
     assert annealed[5:] == [(30, 40), (40, 40)]
+
+
+@pytest.mark.parametrize(
+    "again", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_fitted_one_is_copied_and_pickled(again, asked, annealed):
+    """With the constant that was asked for, and without one that was not."""
+    x, y = draws(30, 2, 0), draws(40, 2, 1)
+    warm = SinkhornDivergence(y, 0.5).fitted(x)
+    if asked:
+        warm.value(x)
+    before = len(annealed)
+    assert float(again(warm).value(x)) == pytest.approx(float(warm.value(x)), rel=1e-12)
+    assert annealed[before:] == [(40, 40)] * (0 if asked else 2)
+    torch.testing.assert_close(again(warm.fitted(x + 0.1)).velocity(x), warm.fitted(x + 0.1).velocity(x))
 
 
 @pytest.mark.parametrize("p", [1, 2])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -91,7 +91,7 @@ class SinkhornDivergence(Functional):
     def fitted(self, particles, generator=None):
         x, y = self._inputs(particles)
         potentials = [g for _, g in self._solved(x, y)]
-        constant = functools.cache(lambda: self._constant(y)) if self.start is None else self.start.constant
+        constant = Constant(self, y) if self.start is None else self.start.constant
         start = Start(potentials[0], potentials[1] if self.own else None, constant)
         return replace(self, data=self.data.to(particles.device), start=start)
 
@@ -136,3 +136,18 @@ class SinkhornDivergence(Functional):
         if not bool(x.isfinite().all()):
             raise UserError("particles have entries that are not finite, expected finite numbers")
         return x, y
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """() -> OT(P, P) / 2 of a functional whose data are the points P (M, d), computed once, when it is asked for."""
+
+    functional: SinkhornDivergence
+    points: Tensor
+
+    def __call__(self) -> Tensor:
+        return self._found
+
+    @cached_property
+    def _found(self) -> Tensor:
+        return self.functional._constant(self.points)
