@@ -146,6 +146,17 @@ def test_density_at_the_horizon(name):
     assert end.error.median() < 0.1 * missed.median()
 
 
+def test_order_at_the_horizon():
+    """The same noise at twice the horizon: the error falls with the fifth power of the signal that is left."""
+    errors, directions = [], torch.eye(2, dtype=torch.float64)[:, None].expand(-1, 64, -1)
+    for horizon in (10.0, 20.0):
+        data = wide(gravity(2, horizon, t_min=1e-3), 2)
+        x = horizon * data.field.base.draw((64, 2), seeded(5), dtype=torch.float64)
+        end = log_end(Flow(data, directions, True, {}), x, x)
+        errors.append((end.log_prob[:, 0] - data.log_prob(x, horizon)).abs().median())
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(5, abs=0.15)
+
+
 def test_estimates_at_the_horizon_are_unbiased():
     """All 4 vectors of signs: their mean is exact."""
     data = wide(gravity(2, horizon=10.0), 2)
