@@ -22,14 +22,14 @@ class Neighbours(NamedTuple):
     """Where the jump by one offset leads from each cell.
 
     Attributes:
-        inside: (n,) whether there is a cell.
-        target: (n,) its index; the cell itself where there is none.
+        ends: (2, m), indices of the cells from which it leads to a cell, and of those.
+        target: (n,), the index of the cell that it leads to; the cell itself where there is none.
         shifts: the differences of the indices that occur, each with the cells (n,) where it does.
         lost: indices of the cells where it leads through an absorbing face.
         fraction: of the jump, up to the face, for those.
     """
 
-    inside: Tensor
+    ends: Tensor
     target: Tensor
     shifts: list[tuple[int, Tensor]]
     lost: Tensor
@@ -87,6 +87,11 @@ class Box:
         return self._tensor(self.widths)
 
     @cached_property
+    def per_square(self) -> Tensor:
+        """(d,), of a cell along each coordinate."""
+        return self._tensor([h**-2 for h in self.widths])
+
+    @cached_property
     def steps(self) -> Tensor:
         """(d, d), to the next cell along each coordinate."""
         return self.spacing.diag()
@@ -95,7 +100,7 @@ class Box:
     def axes(self) -> tuple[Tensor, ...]:
         """The centres along each coordinate."""
         return tuple(
-            low + h * (torch.arange(n, dtype=torch.float64, device=self.device) + 0.5)
+            self._tensor(low + h * (np.arange(n) + 0.5))
             for (low, _), h, n in zip(self.domain, self.widths, self.cells, strict=True)
         )
 
@@ -103,6 +108,15 @@ class Box:
     def centres(self) -> Tensor:
         """(n, d)."""
         return torch.cartesian_prod(*self.axes).reshape(-1, self.dim)
+
+    @cached_property
+    def walls(self) -> Tensor:
+        """(n,), how many reflecting faces each cell has."""
+        faces = np.zeros(self.cells)
+        for axis, word in enumerate(self.boundary):
+            if word == "reflecting":
+                faces.swapaxes(axis, 0)[:: self.cells[axis] - 1] += 1
+        return self._tensor(faces.reshape(-1))
 
     def wrapped(self, x: Tensor) -> Tensor:
         """Points (..., d), those beyond a periodic face moved to where they come in again."""
@@ -114,16 +128,16 @@ class Box:
 
     def along(self, cells: Tensor, steps: Tensor) -> Tensor:
         """Points (m P, d) away from the centres of m cells by `steps` (P, d), or (m, P, d)."""
-        return self.wrapped(self.centres[cells][:, None] + steps).reshape(-1, self.dim)
+        return self.wrapped(self.centres.index_select(0, cells)[:, None] + steps).reshape(-1, self.dim)
 
     def averages(self, log_prob) -> Tensor:
         """Means (n,) over the cells of the density exp(log_prob(x)), by Gauss and Legendre's rule."""
-        places, shares = map(self._tensor, cell_rule(self.dim))
-        many = max(1, AT_ONCE // self.number)
-        total = 0.0
-        for steps, share in zip((self.spacing * places)[:, None].split(many), shares.split(many), strict=True):
-            values = log_prob((self.centres + steps).reshape(-1, self.dim)).detach().to(share).exp()
-            total = total + share @ values.reshape(len(steps), -1)
+        places, shares = cell_rule(self.dim, self.device)
+        steps, many, total = self.spacing * places, max(1, AT_ONCE // self.number), 0.0
+        for k in range(0, len(shares), many):
+            x = (self.centres + steps[k : k + many, None]).reshape(-1, self.dim)
+            values = log_prob(x).detach().to(shares).exp()
+            total = total + shares[k : k + many] @ values.reshape(-1, self.number)
         return total
 
     def neighbours(self, offset: tuple[int, ...]) -> Neighbours:
@@ -134,7 +148,8 @@ class Box:
 
     def _find(self, offset: tuple[int, ...]) -> Neighbours:
         target = index = np.arange(self.number)
-        inside, absorbing = np.ones(self.number, bool), np.zeros(self.number, bool)
+        inside = np.ones(self.number, bool)
+        lost = np.zeros(self.number, bool)
         first = np.full(self.number, math.inf)  # share of the jump, to the face that is crossed
         behind = self.number
         for step, n, word in zip(offset, self.cells, self.boundary, strict=True):
@@ -147,26 +162,25 @@ class Box:
                 there = there % n
             else:
                 beyond = there >= n if step > 0 else there < 0
-                inside = inside & ~beyond
+                inside &= ~beyond
                 if "absorbing" in self.boundary:
                     gap = (n - 0.5 - place) / step if step > 0 else (place + 0.5) / -step
                     nearer = beyond & (gap < first)
-                    first = np.where(nearer, gap, first)
-                    absorbing = np.where(nearer, word == "absorbing", absorbing)
+                    first[nearer], lost[nearer] = gap[nearer], word == "absorbing"
             target = target + (there - place) * behind
         target = np.where(inside, target, index)
         by = target - index
         shifts = np.unique(by[inside]) if "periodic" in self.boundary else by[inside][:1]
-        lost = np.flatnonzero(absorbing & ~inside)
+        start = np.flatnonzero(inside)
 
         def moved(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values).to(self.device)
 
         return Neighbours(
-            moved(inside),
+            moved(np.array([start, target[start]])),
             moved(target),
             [(int(s), moved(inside & (by == s))) for s in shifts if s != 0],
-            moved(lost),
+            moved(np.flatnonzero(lost)),
             moved(first[lost]),
         )
 
@@ -178,9 +192,9 @@ def gauss(points: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache
-def cell_rule(dim: int) -> tuple[Tensor, Tensor]:
+def cell_rule(dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Nodes (N, d) in [-1/2, 1/2]^d and weights (N,) of means over a cell."""
-    nodes, weights = (torch.from_numpy(v) / 2 for v in gauss(START_POINTS[dim]))
+    nodes, weights = (torch.from_numpy(v).to(device) / 2 for v in gauss(START_POINTS[dim]))
     places = torch.cartesian_prod(*[nodes] * dim).reshape(-1, dim)
     return places, torch.cartesian_prod(*[weights] * dim).reshape(len(places), -1).prod(1)
 

@@ -8,6 +8,7 @@ Time runs forward, points are (B, d), everything is computed in the dtype of the
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from diffusion.errors import UserError
 
 Function = Callable[[Tensor, Tensor], Tensor]
+Found = TypeVar("Found")
 
 
 def act(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -53,9 +55,13 @@ def _semidefinite(a: Tensor, x: Tensor) -> Tensor:
 
 
 class _Unread(Tensor):
-    """A time without numbers: whatever looks at it, in Python or below, is counted and gets an error."""
+    """A time (B,) without numbers: whatever looks at it, in Python or below, is counted and gets an error."""
 
     looks = 0
+
+    @staticmethod
+    def like(x: Tensor) -> "_Unread":
+        return Tensor._make_wrapper_subclass(_Unread, x.shape[:1], dtype=x.dtype, device=x.device)
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -175,22 +181,17 @@ class FokkerPlanck:
                 )
         self._differentiable = True
 
-    def looks_at_time(self, x: Tensor) -> bool:
-        """Whether drift or diffusion, asked at `x` (B, d), do anything with the time; if not, it never matters there.
+    def at_any_time(self, ask: Callable[[Tensor], Found]) -> Found | None:
+        """What `ask`, of a time, makes of drift and diffusion, if these do nothing with the time; otherwise None.
 
-        They are called with a time that has no numbers; if they do without, none need ask what kind of time they want.
+        They are called with a time that has no numbers; if they do without, it never matters.
         """
         before = _Unread.looks
-        t = Tensor._make_wrapper_subclass(_Unread, (len(x),), dtype=x.dtype, device=x.device)
         try:
-            self._drift(x, t)
-            (self._covariance or self._diffusion)(x, t)
+            found = ask(_Unread.like(torch.empty(0)))
         except Exception:
-            return True
-        if _Unread.looks > before:
-            return True
-        self._of_number = dict.fromkeys(("drift", "diffusion", "covariance"), False)
-        return False
+            return None
+        return found if _Unread.looks == before else None
 
     def velocity(self, x: Tensor, t: Tensor | float, score: Tensor) -> Tensor:
         """That of the probability-flow ODE (B, d), which has the same densities: f - 1/2 div a - 1/2 a grad log p.
@@ -247,19 +248,26 @@ class FokkerPlanck:
     def _call(self, name: str, function: Function, x: Tensor, t: Tensor | float) -> Tensor:
         if x.dim() != 2 or not x.is_floating_point():
             raise UserError(f"points have shape {tuple(x.shape)} and type {x.dtype}, expected (B, d), floating-point")
-        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-        t = t.reshape(()) if t.dim() else t
+        if isinstance(t, _Unread):
+            return self._checked(name, function(x, _Unread.like(x)), x)
         if name not in self._of_number:
             self._of_number[name] = self._takes_number(name, function, x, t)
-        value = function(x, t if self._of_number[name] else t.expand(len(x)))
-        return self._checked(name, value, x)
+        return self._checked(name, function(x, self._time(t, x, self._of_number[name])), x)
 
-    def _takes_number(self, name: str, function: Function, x: Tensor, t: Tensor) -> bool:
+    @staticmethod
+    def _time(t: Tensor | float, x: Tensor, of_number: bool) -> Tensor:
+        """(), or (B,) for points `x` (B, d)."""
+        if isinstance(t, Tensor):
+            t = t.to(x).reshape(())
+            return t if of_number else t.expand(len(x))
+        return x.new_full(() if of_number else x.shape[:1], t)
+
+    def _takes_number(self, name: str, function: Function, x: Tensor, t: Tensor | float) -> bool:
         """Whether the function wants the time as one number: asked with a number of points that is no dimension."""
         probe, reasons = torch.cat([x[:1].detach()] * (x.shape[1] + 2)), []
         for of_number in (False, True):
             try:
-                self._checked(name, function(probe, t if of_number else t.expand(len(probe))), probe)
+                self._checked(name, function(probe, self._time(t, probe, of_number)), probe)
                 return of_number
             except UserError as error:
                 reasons.append(error)

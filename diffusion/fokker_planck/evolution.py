@@ -9,7 +9,7 @@ the mass and no density becomes negative, whatever its length.
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -40,6 +40,7 @@ __all__ = [
     "rising",
     "talbot",
     "uniformised",
+    "weighted",
 ]
 
 
@@ -63,7 +64,7 @@ def rising(times: Sequence[float] | Tensor) -> list[float]:
     Raises:
         UserError: there are none, or they do not rise or are not finite.
     """
-    times = torch.as_tensor(times, dtype=torch.float64).reshape(-1).tolist()
+    times = times.double().reshape(-1).tolist() if isinstance(times, Tensor) else list(map(float, times))
     rises = all(later > earlier for earlier, later in itertools.pairwise(times))
     if not times or not rises or not all(map(math.isfinite, times)):
         raise UserError(f"times are {times}, expected rising finite numbers, the first that of the start")
@@ -150,9 +151,17 @@ def moments(start: float, stop: float, points: int = 4) -> list[tuple[float, flo
 
 def mean_over(values: Callable[[float], Tensor], start: float, stop: float, points: int = 4) -> Tensor:
     """The mean of a function of time, by Gauss and Legendre's rule; its value if they are one time."""
-    if start == stop:
-        return values(start)
-    return sum(weight * values(time) for time, weight in moments(start, stop, points))
+    times, weights = zip(*moments(start, stop, points), strict=True)
+    return weighted(weights, map(values, times))
+
+
+def weighted(weights: Iterable[float], values: Iterable[Tensor]) -> Tensor:
+    """The sum of weights times values."""
+    (weight, first), *others = zip(weights, values, strict=True)
+    total = weight * first
+    for weight, value in others:
+        total.add_(value, alpha=weight)
+    return total
 
 
 def chebyshev(apply: Callable[[Tensor], Tensor], state: Tensor, duration: float, bound: float) -> Tensor:

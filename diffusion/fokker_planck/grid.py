@@ -30,12 +30,11 @@ class GridSolution:
         density: (K, *cells), mean of each cell, per unit of volume.
         grid: the centres of the cells along each coordinate.
         times: (K,).
-        mass_error: (K,), largest |mass + absorbed - mass at the start| over that at the start.
         absorbed: (K,), mass that has left through absorbing faces.
         steps: in time; an equation that does not change, or by a factor only, needs one between two times.
         time_error: estimate of the error of the last density that the steps made, in L1.
-        put_back: mass, over that at the start, that rounding in all exponentials lost, gained or made negative, and
-            that was put right.
+        put_back: mass, over that at the start, that was moved to put right what rounding in all exponentials lost,
+            gained or made negative.
         box: of the solver.
         jumps: the rates at the K times, or one for all.
     """
@@ -43,13 +42,18 @@ class GridSolution:
     density: Tensor
     grid: tuple[Tensor, ...]
     times: Tensor
-    mass_error: Tensor
     absorbed: Tensor
     steps: int
     time_error: float
     put_back: float
     box: Box
     jumps: list[Jumps]
+
+    @cached_property
+    def mass_error(self) -> Tensor:
+        """(K,), largest |mass + absorbed - mass at the start| over that at the start."""
+        mass = self.density.sum(tuple(range(-self.box.dim, 0))) * self.box.volume + self.absorbed
+        return ((mass - mass[0]).abs() / mass[0]).reshape(len(mass), -1).amax(1)
 
     @cached_property
     def current(self) -> Tensor:
@@ -166,7 +170,6 @@ class GridSolver:
             density=(cells / box.volume).reshape(len(times), *batch, *box.cells),
             grid=box.axes,
             times=torch.tensor(times, dtype=torch.float64, device=box.device),
-            mass_error=((states.sum(2) - mass).abs() / mass).amax(1),
             absorbed=states[:, :, box.number :].sum(2).reshape(len(times), *batch),
             steps=taken,
             time_error=error,

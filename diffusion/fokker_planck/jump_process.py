@@ -22,6 +22,7 @@ FEW_JUMPS = 64  # for which uniformisation is as cheap as the series
 CHUNK = 256.0  # jumps by uniformisation, before the series is tried again
 POLES = 28, 24  # of the rational approximation, and of the one that it is compared with
 BATCH = 2**18  # numbers in states for which all poles are taken at once
+EPSILON = float(np.finfo(float).eps)
 AGREEMENT = 1e-11  # of the two, relative to the mass; the finer is better by two digits, unless rounding is reached
 
 
@@ -52,16 +53,17 @@ class JumpProcess:
         self.absorbing = "absorbing" in box.boundary
         self.bands: dict[int, tuple[Tensor, Tensor]] = {}
         for e, rates in jumps.rates.items():
-            for shift, mask in box.neighbours(e).shifts:
-                size, moved = abs(shift), rates * mask
-                up, down = moved[:, : n - size] if shift > 0 else moved[:, size:].flip(0)
+            shifts = box.neighbours(e).shifts
+            for shift, mask in shifts:
+                size, moved = abs(shift), rates * mask if len(shifts) > 1 else rates
+                up, down = (moved[:, : n - size] if shift > 0 else moved[:, size:].flip(0)).unbind()
                 if size in self.bands:
                     up, down = self.bands[size][0] + up, self.bands[size][1] + down
                 self.bands[size] = up, down
         self.exit = jumps.lost.clone()
         for size, (up, down) in self.bands.items():
-            self.exit[: n - size] += up
-            self.exit[size:] += down
+            self.exit[: n - size].add_(up)
+            self.exit[size:].add_(down)
         self.rate = float(self.exit.max())
         if not math.isfinite(self.rate):
             raise UserError(f"the rates of the grid are not finite: {self.rate}; is the drift bounded on the domain?")
@@ -108,11 +110,10 @@ class JumpProcess:
         return state
 
     def _kept(self, following: Tensor, state: Tensor) -> Tensor:
-        """`following` without what is negative, of the mass of `state`; how much was put right is noted."""
+        """`following` without what is negative, of the mass of `state`; how much that changes is noted."""
         mass, kept = state.sum(1, keepdim=True), following.clamp_min(0)
-        wrong = (following.sum(1, keepdim=True) - mass).abs() + (kept - following).sum(1, keepdim=True)
-        self.ledger.put_back += float((wrong / mass.clamp_min(1e-300)).max())
-        kept *= mass / kept.sum(1, keepdim=True).clamp_min(1e-300)
+        kept *= mass / kept.sum(1, keepdim=True)
+        self.ledger.put_back += float(((kept - following).abs().sum(1, keepdim=True) / mass).max())
         if self.absorbing:
             torch.maximum(kept[:, self.number :], state[:, self.number :], out=kept[:, self.number :])
         return kept
@@ -126,18 +127,20 @@ class JumpProcess:
         (up, down), n = self.bands[1], self.number
         diagonal, lost = -duration * self.exit.numpy(), duration * self.jumps.lost.numpy()
         poles, weights = _rules(self.absorbing)
-        values, parts = state.numpy(), []
-        for start in np.array_split(values[:, :n].T, min(len(values), math.ceil(values.size / BATCH)), 1):
-            found = _resolvents(poles, duration * up.numpy(), diagonal, duration * down.numpy(), start)
+        up, down, values, parts = duration * up.numpy(), duration * down.numpy(), state.numpy(), []
+        many = max(1, BATCH // values.shape[1])
+        for k in range(0, len(values), many):
+            start = values[k : k + many, :n].T
+            found = _resolvents(poles, up, diagonal, down, start)
             parts.append((weights @ found.reshape(len(poles), -1)).real.reshape(len(weights), *start.shape))
-        results = np.concatenate(parts, 2) if len(parts) > 1 else parts[0]
+        results = np.concatenate(parts, 2)
         if self.absorbing:
             absorbed = values[:, n] + lost @ results[len(POLES) :]
             results = np.concatenate([results[: len(POLES)], absorbed[:, None]], 1)
         mass = results.sum(1, keepdims=True)
         with np.errstate(all="ignore"):
             gap = np.abs(np.subtract(*(results / mass))).sum(0)
-        if not (gap <= AGREEMENT + np.finfo(float).eps * self.rate * duration).all():
+        if not (gap <= AGREEMENT + EPSILON * self.rate * duration).all():
             return None
         return torch.from_numpy(np.ascontiguousarray(results[0].T))
 
@@ -193,6 +196,8 @@ def _resolvents(z: np.ndarray, up: np.ndarray, diagonal: np.ndarray, down: np.nd
     blocks = np.zeros((3, len(z), len(diagonal)), complex)
     blocks[0, :, :-1], blocks[1], blocks[2, :, :-1] = up, diagonal - z[:, None], down
     low, middle, high = blocks.reshape(3, -1)
-    known = np.tile(start.astype(complex), (len(z), 1))
+    known = np.empty((len(z), *start.shape), complex)
+    known[:] = start
+    known = known.reshape(-1, start.shape[1])
     found = zgtsv(low[:-1], middle, high[:-1], known, overwrite_dl=1, overwrite_d=1, overwrite_du=1, overwrite_b=1)[3]
     return found.reshape(len(z), *start.shape)

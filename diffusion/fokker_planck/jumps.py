@@ -58,7 +58,7 @@ def mean_jumps(weights: Sequence[float], parts: Sequence[Jumps]) -> Jumps:
     return Jumps(rates, lost, sum(weight * part.way for weight, part in zip(weights, parts, strict=True)))
 
 
-def jumps_at(equation: FokkerPlanck, box: Box, time: float, stacklevel: int = 2) -> Jumps:
+def jumps_at(equation: FokkerPlanck, box: Box, time: Tensor | float, stacklevel: int = 2) -> Jumps:
     """The rates at one time.
 
     Warns:
@@ -73,10 +73,9 @@ def jumps_at(equation: FokkerPlanck, box: Box, time: float, stacklevel: int = 2)
     way = torch.zeros(box.dim, box.number, dtype=torch.float64, device=box.device)
     for e in lines.offsets:
         found = box.neighbours(e)
-        here = found.inside.nonzero()[:, 0]
         rates[e] = torch.zeros(2, box.number, dtype=torch.float64, device=box.device)
-        if len(here):
-            rates[e].index_copy_(1, here, lines.between(e, here, found.target[here]).detach())
+        if found.ends.numel():
+            rates[e].index_copy_(1, found.ends[0], lines.between(e, found.ends).detach())
         for sign in (1, -1) if "absorbing" in box.boundary else ():
             signed = tuple(sign * step for step in e)
             out = box.neighbours(signed)
@@ -88,38 +87,32 @@ def jumps_at(equation: FokkerPlanck, box: Box, time: float, stacklevel: int = 2)
     return Jumps(rates, lost, way)
 
 
-def bernoulli(w: Tensor) -> Tensor:
-    """w / (exp(w) - 1), which is 1 at 0."""
-    size = w.abs().clamp_min(TINY)
-    return size / torch.expm1(size) - w.clamp_max(0)
-
-
 def both_ways(w: Tensor) -> Tensor:
-    """bernoulli(-w) and bernoulli(w), (2, m)."""
-    return bernoulli(torch.stack([-w, w]))
+    """b(-w) and b(w), (2, m), with b(w) = w / (exp(w) - 1), which is 1 at 0."""
+    size = w.abs().clamp_min(TINY)
+    return size / torch.expm1(size) + torch.stack([w, -w]).clamp_min(0)
 
 
 class _Axes:
-    """Noise of its own along each coordinate: `a` is (n,) or (n, d)."""
+    """Noise of its own along each coordinate: `a` is (n,) or (n, d). Lengths are in cells."""
 
     def __init__(self, equation: FokkerPlanck, box: Box, time: float, a: Tensor):
         self.equation, self.box, self.time = equation, box, time
+        self.half_per_square = box.per_square / 2
         self.half = self._half(a)
         self.offsets = [tuple(int(i == j) for j in range(box.dim)) for i in range(box.dim)]
 
-    def between(self, e: Offset, start: Tensor, stop: Tensor) -> Tensor:
-        """Both rates (2, m) of the lines from the cells `start` to the cells `stop`."""
+    def between(self, e: Offset, ends: Tensor) -> Tensor:
+        """Both rates (2, m) of the lines from one cell to another, (2, m)."""
         axis = e.index(1)
-        w, correction, usual = self._line(start, axis, 1.0)
-        ends = self._own(torch.stack([start, stop]), axis, usual)
-        return ends * both_ways(w) / (correction * self.box.widths[axis] ** 2)
+        w, correction, usual = self._line(ends[0], axis, 1.0)
+        return self._own(ends, axis, usual) * both_ways(w) / correction
 
     def leaving(self, e: Offset, sign: int, start: Tensor, fraction: Tensor) -> Tensor:
         """The rate (m,) from the cells to the face that is the `fraction` of a cell away, along `sign` e."""
         axis = e.index(1)
         w, correction, usual = self._line(start, axis, sign * fraction[:, None])
-        width = self.box.widths[axis]
-        return self._own(start, axis, usual) * bernoulli(-w) / (correction * fraction * width**2)
+        return self._own(start, axis, usual) * both_ways(w)[0] / (correction * fraction)
 
     def _own(self, cells: Tensor, axis: int, usual: Tensor) -> Tensor:
         """D in the cells; where it vanishes, for instance because the noise is 0 in a point, that of the line."""
@@ -131,18 +124,18 @@ class _Axes:
         nodes, weights, integrals = line_rule(POINTS, self.box.device)
         x = self.box.along(start, (step * nodes)[..., None] * self.box.steps[axis])
         d = self._half(self.equation.covariance(x, self.time))[:, axis].reshape(-1, POINTS)
-        way = self.equation.drift(x, self.time)[:, axis].reshape(-1, POINTS) * (step * self.box.widths[axis])
+        way = self.equation.drift(x, self.time)[:, axis].reshape(-1, POINTS) * (step / self.box.widths[axis])
         d = torch.maximum(d, way.abs().amax(1, keepdim=True) / STEEPEST + TINY)
         slope = way / d
-        w, phi = slope @ weights, slope @ integrals.T
-        both = torch.stack([phi, w[:, None] * nodes])
-        bent, straight = (phi.amin(1, keepdim=True) - both).exp() @ weights
-        return w, (bent / straight).clamp(0.5, 2.0), 1 / (d.reciprocal() @ weights)
+        w = slope @ weights
+        phi = torch.stack([slope @ integrals.T, torch.outer(w, nodes)])
+        bent, straight = (phi.neg().exp() @ weights).unbind()
+        return w, (bent / straight).clamp(0.5, 2.0), (d.reciprocal() @ weights).reciprocal()
 
     def _half(self, a: Tensor) -> Tensor:
         """D (m, d) of a covariance."""
         a = a.diagonal(dim1=1, dim2=2) if a.dim() == 3 else a
-        return a.reshape(len(a), -1).expand(-1, self.box.dim) / 2
+        return a.reshape(len(a), -1) * self.half_per_square
 
 
 class _Matrix:
@@ -175,13 +168,12 @@ class _Matrix:
         share = float(((least - values).clamp_min(0) / largest.clamp_min(TINY)).max())
         return (vectors * torch.maximum(values, least)[:, None]) @ vectors.mT, share
 
-    def between(self, e: Offset, start: Tensor, stop: Tensor) -> Tensor:
-        w = self._line(start, e, 1.0)
-        rho = (self._rho(e, start) + self._rho(e, stop)) / 2
-        return rho * both_ways(w)
+    def between(self, e: Offset, ends: Tensor) -> Tensor:
+        rho = (self._rho(e, ends[0]) + self._rho(e, ends[1])) / 2
+        return rho * both_ways(self._line(ends[0], e, 1.0))
 
     def leaving(self, e: Offset, sign: int, start: Tensor, fraction: Tensor) -> Tensor:
-        return self._rho(e, start) * bernoulli(-self._line(start, e, sign * fraction[:, None])) / fraction
+        return self._rho(e, start) * both_ways(self._line(start, e, sign * fraction[:, None]))[0] / fraction
 
     def _rho(self, e: Offset, cells: Tensor) -> Tensor:
         return self.weights[e].expand(len(cells)) if self.constant else self.weights[e][cells]

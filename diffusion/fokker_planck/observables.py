@@ -63,10 +63,8 @@ def warn_if_at_walls(box: Box, masses: Tensor, drift: Callable[[Tensor], Tensor]
         masses: of the cells at the times, (K, B, n).
         drift: at the last time, of points; asked for only where there is mass at walls.
     """
-    axes = [axis for axis, word in enumerate(box.boundary) if word == "reflecting"]
-    last = masses[-1].reshape(-1, *box.cells)
-    near = sum(last.select(axis + 1, end).reshape(len(last), -1).sum(1) for axis in axes for end in (0, -1))
-    if not axes or not bool((near > AT_WALLS * masses[-1].sum(1)).any()):
+    axes, last = [axis for axis, word in enumerate(box.boundary) if word == "reflecting"], masses[-1]
+    if not axes or not bool((last @ box.walls > AT_WALLS * last.sum(1)).any()):
         return
     drift = drift(box.centres)
     outward = torch.zeros(box.number, dtype=torch.bool, device=masses.device)
@@ -88,9 +86,9 @@ def steepness(box: Box, jumps: Jumps) -> Tensor:
     """(d, n): by how much, at most, the log density at rest would change to a neighbour along each coordinate."""
     steepest = torch.zeros(box.dim, box.number, dtype=torch.float64, device=box.device)
     for e, rates in jumps.rates.items():
-        found = box.neighbours(e)
-        change = torch.where(found.inside, rates.clamp_min(SMALLEST).log().diff(dim=0)[0].abs(), 0.0)
-        change = torch.maximum(change, torch.zeros_like(change).scatter_reduce(0, found.target, change, "amax"))
+        change = rates.clamp_min(SMALLEST).log().diff(dim=0)[0].abs()
+        target = box.neighbours(e).target
+        change = torch.maximum(change, torch.zeros_like(change).scatter_reduce(0, target, change, "amax"))
         for axis, step in enumerate(e):
             if step:
                 steepest[axis] = torch.maximum(steepest[axis], change / abs(step))
@@ -105,7 +103,7 @@ def warn_if_coarse(box: Box, each: list[tuple[Jumps, Tensor]], stacklevel: int) 
     """
     factors, worst = [1.0] * box.dim, 0.0
     for jumps, mass in each:
-        if not any(bool((pair.amax(0) > math.exp(STEEP) * pair.amin(0)).any()) for pair in jumps.rates.values()):
+        if not any(bool((pair > math.exp(STEEP) * pair.flip(0)).any()) for pair in jumps.rates.values()):
             continue
         steep = steepness(box, jumps)
         shares = mass / mass.sum(1, keepdim=True).clamp_min(SMALLEST)

@@ -9,7 +9,7 @@ is taken to be what the operators at the ends or of the uneven part would change
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +35,20 @@ class Operator(ABC):
     @abstractmethod
     def advance(self, state: Tensor, duration: float) -> Tensor:
         """exp(duration A) state."""
+
+    def factor(self, values: Tensor) -> float | None:
+        """Of this operator, that the one of other values is, where there is one and it is not negative."""
+        if values.shape != self.values.shape:
+            return None
+        square, largest = self._sizes
+        factor = float((values * self.values).sum()) / max(square, 1e-300)
+        gap = float(values.sub(self.values, alpha=factor).abs().max())
+        return factor if factor >= 0 and gap <= ROUNDING * max(1.0, factor) * largest else None
+
+    @cached_property
+    def _sizes(self) -> tuple[float, float]:
+        """The sum of the squares of the values, and the largest of their absolute values."""
+        return float(self.values.square().sum()), float(self.values.abs().max())
 
 
 Mean = Callable[[float, float], Operator]
@@ -83,16 +97,15 @@ def step(
 
 def _factor(mean: Mean, whole: Operator, some: list[Operator], t: float, h: float) -> float | None:
     """c with exp(c h whole) the exact step, where A is one operator times a factor of time; otherwise None."""
-    for operator in some:
-        if operator is not whole and ratio(operator.values, whole.values) is None:
-            return None
+    if any(operator is not whole and whole.factor(operator.values) is None for operator in some):
+        return None
     known, change = 1.0, 1.0
     for number in PARTS:
         cuts = [(k / number) ** 1.2 for k in range(number + 1)]
         factor = 0.0
         for low, high in itertools.pairwise(cuts):
             operator = mean(t + low * h, t + high * h)
-            share = 1.0 if operator is whole else ratio(operator.values, whole.values)
+            share = 1.0 if operator is whole else whole.factor(operator.values)
             if share is None:
                 return None
             factor += (high - low) * share
@@ -103,15 +116,6 @@ def _factor(mean: Mean, whole: Operator, some: list[Operator], t: float, h: floa
         if number > PARTS[1] and change > before / 5:
             return None
     return None
-
-
-def ratio(a: Tensor, b: Tensor) -> float | None:
-    """The factor of b that a is, where there is one and it is not negative."""
-    if a.shape != b.shape:
-        return None
-    factor = float((a * b).sum()) / max(float((b * b).sum()), 1e-300)
-    same = float((a - factor * b).abs().max()) <= ROUNDING * max(float(a.abs().max()), float(b.abs().max()))
-    return factor if same and factor >= 0 else None
 
 
 def _smooth(parts: list[Operator], uneven: Operator, first: Operator, last: Operator) -> bool:

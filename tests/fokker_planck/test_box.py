@@ -27,12 +27,13 @@ def test_neighbours(words, offset):
     found = Box(((0, 1), (0, 1)), cells, words).neighbours(offset)
     lost = dict(zip(found.lost.tolist(), found.fraction.tolist(), strict=True))
     shifted = {i: i + shift for shift, mask in found.shifts for i in mask.nonzero()[:, 0].tolist()}
+    leads = dict(found.ends.T.tolist())
     for index, place in enumerate(itertools.product(*map(range, cells))):
         end = walk(place, offset, cells, words)
-        assert bool(found.inside[index]) == isinstance(end, tuple)
+        assert (index in leads) == isinstance(end, tuple)
         assert (index in lost) == isinstance(end, float)
         if isinstance(end, tuple):
-            assert int(found.target[index]) == shifted.get(index, index) == end[0] * cells[1] + end[1]
+            assert int(found.target[index]) == leads[index] == shifted.get(index, index) == end[0] * cells[1] + end[1]
         if isinstance(end, float):
             assert lost[index] == pytest.approx(end, abs=1e-3)
 
@@ -44,8 +45,20 @@ def test_line_rule():
     assert float(weights @ nodes**7) == pytest.approx(1 / 8, abs=1e-15)
 
 
-def test_averages_of_a_polynomial():
+@pytest.mark.parametrize("words", list(itertools.product(WORDS, WORDS)), ids="-".join)
+def test_walls(words):
+    cells = (5, 3)
+    faces = [
+        sum((word == "reflecting") * ((p == 0) + (p == n - 1)) for p, n, word in zip(place, cells, words, strict=True))
+        for place in itertools.product(*map(range, cells))
+    ]
+    assert Box(((0, 1), (0, 1)), cells, words).walls.tolist() == faces
+
+
+@pytest.mark.parametrize("at_once", [1, 24, 10_000], ids=lambda points: f"{points}_at_once")
+def test_averages_of_a_polynomial(at_once, monkeypatch):
     """Cell means of a density of degree 5 in each of two coordinates are exact, to rounding."""
+    monkeypatch.setattr("diffusion.fokker_planck.box.AT_ONCE", at_once)
     box = Box(((0.0, 1.0), (1.0, 2.0)), (3, 4))
     means = box.averages(lambda x: 5 * x[:, 0].log() + 4 * x[:, 1].log()).reshape(3, 4)
     edges = torch.linspace(0, 1, 4, dtype=torch.float64), torch.linspace(1, 2, 5, dtype=torch.float64)

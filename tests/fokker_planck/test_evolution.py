@@ -160,6 +160,15 @@ def test_operators_of_another_sign_or_shape_are_not_multiples():
     assert step(mean, START, 0.0, 1.0, size).error > 0.1
 
 
+def test_factors_of_an_operator():
+    values = torch.tensor([[-1.0, 2.0], [0.5, 0.0]], dtype=torch.float64)
+    operator, other = Matrix(values), values.clone()
+    assert [operator.factor(c * values) for c in (0.0, 0.3, 1.0, 1e6)] == pytest.approx([0.0, 0.3, 1.0, 1e6], rel=1e-14)
+    other[1, 1] = 1e-9
+    assert [operator.factor(wrong) for wrong in (-values, other, 1e6 * other, values[:1])] == [None] * 4
+    assert Matrix(0 * values).factor(values) is None
+
+
 @pytest.mark.parametrize(
     "times", [[], [0.0, 0.0], [1.0, 0.0], [0.0, math.inf], [0.0, math.nan], [-math.inf, 0.0]], ids=str
 )

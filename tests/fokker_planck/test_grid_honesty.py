@@ -1,5 +1,6 @@
 """What the grid solver says of itself: mass that rounding took, pulses, walls, infinite entropy production."""
 
+import dataclasses
 import math
 import warnings
 
@@ -48,6 +49,17 @@ def test_a_chain_that_leaks_is_seen():
     mass = box.averages(problem.start.log_prob)[None] * box.volume
     kept = process.advance(mass, 0.5)
     assert float((kept.sum() / mass.sum() - 1).abs()) < 1e-12 and process.ledger.put_back > 1e-3
+
+
+@pytest.mark.parametrize("boundary", ["reflecting", "absorbing"])
+def test_mass_that_is_missing_is_seen(boundary):
+    grid = GridSolver(FokkerPlanck(lambda x, t: -x, 1.0), [(-1.0, 1.0)], 40, boundary)
+    found = grid.solve(torch.ones(2, 40, dtype=torch.float64), [0.0, 0.5, 1.0])
+    assert float(found.mass_error.max()) < 1e-13
+    density = found.density.clone()
+    density[2, 1, 7] += 0.02 / grid.box.volume  # of a mass of 2
+    error = dataclasses.replace(found, density=density).mass_error
+    torch.testing.assert_close(error, torch.tensor([0.0, 0.0, 0.01], dtype=torch.float64), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("options", [{}, {"steps": 100}], ids=["tolerance", "steps"])
