@@ -273,14 +273,15 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--no-peers", action="store_true", help="leave fplanck and py-pde out")
     parser.add_argument("--only", default="", help="problems whose name contains this")
-    parser.add_argument("--all", action="store_true", help="weak residuals, fits and particles too")
+    parser.add_argument("--all", action="store_true", help="weak residuals, fits and particles, too, anew")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = [
         row for name in STUDIES if options.only in name for row in compare(name, options.turns, not options.no_peers)
     ]
-    report: dict[str, Any] = {"comparison": rows, "orders": orders()}
+    report: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    report.update(comparison=rows, orders=orders())
     if options.all:
         import fokker_planck_particles
         import weak_form
