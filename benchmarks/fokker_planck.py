@@ -281,7 +281,9 @@ def main() -> None:
         row for name in STUDIES if options.only in name for row in compare(name, options.turns, not options.no_peers)
     ]
     report: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
-    report.update(comparison=rows, orders=orders())
+    anew = {(row["problem"], row["method"]) for row in rows}
+    kept = [row for row in report.get("comparison", []) if (row["problem"], row["method"]) not in anew]
+    report.update(comparison=rows + kept, orders=orders())
     if options.all:
         import fokker_planck_particles
         import weak_form
