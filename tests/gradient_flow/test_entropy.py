@@ -62,6 +62,17 @@ def test_far_particles_do_not_underflow():
     assert estimator.score(x).isfinite().all() and estimator.value(x).isfinite()
 
 
+@pytest.mark.parametrize("chunk", [2**22, 200])
+def test_particles_far_apart_are_at_distance_0_of_themselves(chunk, monkeypatch):
+    """Where rounding of squares is larger than a bandwidth."""
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    x, estimator = 1e13 * draws(40, 3, 0).float(), Blob(bandwidth=0.1)
+    alone = -math.log(40) - 1.5 * math.log(math.tau * 0.01)
+    assert float(estimator.value(x)) == pytest.approx(alone, rel=1e-6)
+    torch.testing.assert_close(estimator.log_density(x), torch.full((40,), alone))
+    assert not estimator.score(x).any()
+
+
 def test_places_far_from_the_origin_lose_no_digits():
     x = draws(40, 3, 0)
     for estimator in (Blob(0.5), GaussianScore()):
