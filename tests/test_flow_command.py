@@ -45,6 +45,27 @@ def test_a_density_of_ones_own(run, module, tmp_path):
     assert np.abs(points.mean(0) - 3).max() < 0.1 and np.abs(points.std(0) - 0.1).max() < 0.05
 
 
+def test_annealing_is_judged_by_the_last_level(run, tmp_path):
+    """From far off its noise to close by: thousands of nats, not a few, as between the levels' own divergences."""
+    options = ["flow=annealed", "num_particles=40", "num_data=60", "frames=3", "logger=none", "device=cpu"]
+    status, out, err = run("flow", *options, "animation=false")
+    assert status == 0 and "the functional fell" in out, err
+    first, middle, last = json.loads((tmp_path / folder(out) / "figures.json").read_text())["functional"]
+    assert middle > 100 and first > 1000 and last < 10
+
+
+def test_steps_that_are_too_long_are_warned_of(run):
+    with pytest.warns(UserWarning, match="the steps are too long: .* divide step_size by"):
+        status, out, err = run("flow", "flow=langevin", "flow.step_size=0.04", *QUICK[:3], *QUICK[4:], "flow.steps=30")
+    assert status == 0 and "DID NOT FALL" in out, err
+
+
+def test_a_density_that_is_not_finite_is_named(run, module):
+    module("half", "def log_prob(x):\n    return x[:, 0].log() - x.square().sum(1)\n")
+    status, _, err = run("flow", "flow=langevin", "flow.functional.log_prob=half.log_prob", *QUICK)
+    assert status == 2 and err.startswith("error: the negative log-density is nan at particle "), err
+
+
 @pytest.mark.parametrize(
     ("options", "texts"),
     [

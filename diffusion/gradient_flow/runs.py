@@ -25,12 +25,14 @@ class Run:
         columns: figures at these moments, K each; NaN where one is not known.
         frames: particles at these moments, (K, N, *shape).
         held_out: median distance of held-out points from the nearest training point.
+        unknown: why the functional has no value, where it has none.
     """
 
     steps: list[int]
     columns: dict[str, list[float]]
     frames: Tensor
     held_out: float
+    unknown: str = ""
 
     def table(self, rows: int = 11) -> str:
         """At most `rows` of the moments, a line each, and what is to be said of them all."""
@@ -45,7 +47,7 @@ class Run:
         values, nearest = self.columns["functional"], self.columns["nearest"][-1]
         first, last = values[0], values[-1]
         if math.isnan(last):
-            fell = "the functional has no value that can be computed"
+            fell = ": ".join(filter(None, ["the functional has no value that can be computed", self.unknown]))
         else:
             fell = f"the functional {'fell' if last < first else 'DID NOT FALL'}: {first:.4g} to {last:.4g}"
         kind = "are copies of them" if nearest < COPIED * self.held_out else "are no copies of them"
@@ -82,22 +84,21 @@ def follow(
         raise UserError(f"frames is {frames}, expected at least 2, the first and the last")
     shown = set(torch.linspace(0, steps, frames).round().long().tolist())
     kept: list[Moment] = []
+    unknown = ""
     columns: dict[str, list[float]] = {"time": [], "functional": [], "nearest": []}
     for moment in flow.moments(particles, steps, step_size, generator):
         if moment.step not in shown:
             continue
         kept.append(moment)
+        try:
+            value = moment.value()
+        except UserError as error:
+            value, unknown = math.nan, str(error)
         nearest = float(nearest_distance(moment.particles, train).median())
-        figures = {"time": moment.time, "functional": _value(moment), "nearest": nearest}
+        figures = {"time": moment.time, "functional": value, "nearest": nearest}
         for name, figure in figures.items():
             columns[name].append(figure)
         log(moment.step, {name: figure for name, figure in figures.items() if not math.isnan(figure)})
     held_out = float(nearest_distance(test, train).median())
-    return Run([moment.step for moment in kept], columns, torch.stack([m.particles.cpu() for m in kept]), held_out)
-
-
-def _value(moment: Moment) -> float:
-    try:
-        return moment.value()
-    except UserError:
-        return math.nan
+    steps, seen = [moment.step for moment in kept], torch.stack([moment.particles.cpu() for moment in kept])
+    return Run(steps, columns, seen, held_out, unknown)

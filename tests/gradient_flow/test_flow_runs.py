@@ -65,7 +65,7 @@ def test_a_functional_without_a_value_is_said_to_have_none():
     found = follow(flow, START, 4, 1.0, DATA, HELD_OUT, frames=3)
     assert all(map(math.isnan, found.columns["functional"]))
     assert found.to_dict()["functional"] == [None] * 3
-    assert "no value that can be computed" in found.table()
+    assert "no value that can be computed: the drifting field has no value" in found.table()
 
 
 def test_too_few_frames_are_refused(user_error):

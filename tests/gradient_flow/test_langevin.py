@@ -196,7 +196,7 @@ def test_an_underdamped_step_costs_one_velocity():
         return -x
 
     Langevin(KL(score), Underdamped()).run(draws(4, 2, 0), 9, 0.1, seeded(0))
-    assert len(calls) == 9 + 1  # one to tell a score from a log-density
+    assert len(calls) == 9 + 2  # one to tell a score from a log-density, one for how long the steps were
 
 
 def test_steps_of_a_potential_that_is_not_quadratic_have_no_law_in_closed_form(user_error):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.fields import AffineField
-from diffusion.gradient_flow.flows.base import Flow
+from diffusion.gradient_flow.flows.base import Flow, check_particles
 from diffusion.gradient_flow.flows.dynamics import Integrator
 from diffusion.gradient_flow.flows.langevin import Langevin
 from diffusion.gradient_flow.flows.overdamped import EulerMaruyama
@@ -93,13 +93,17 @@ class AnnealedLangevin(Flow):
             memory = flow.begin(x)
         here = replace(moment, particles=x, functional=flow.subject().fitted(x, generator), memory=memory)
         sigma = float(self.model.field.sigma(torch.tensor(self.times[level], dtype=torch.float64)))
-        return replace(flow.advance(here, step_size * sigma**2, generator), functional=moment.functional)
+        moved = flow.advance(here, step_size * sigma**2, generator)
+        check_particles(moved.particles, here)
+        return replace(moved, functional=moment.functional)
 
     def copied(self, memory, origin):
         return self._flows[0].copied(memory, origin)
 
-    def finish(self, moment):
+    def finish(self, moment, size):
         level = min((moment.step - 1) // self.repeats, len(self.times) - 1)
+        flow = self._flows[level]
+        flow.finish(replace(moment, functional=flow.subject().fitted(moment.particles)), size)
         if level < len(self.times) - 1:
             warnings.warn(
                 f"annealing ended at time {self.times[level]:.4g} after {moment.step} steps, and is done at "

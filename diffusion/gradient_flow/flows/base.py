@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.gradient_flow.functionals.base import Functional, points_of
+from diffusion.gradient_flow.functionals.base import Functional, check_finite, points_of
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,16 @@ class Moment:
         """The flow's functional at the particles, fitted to them, with the same random numbers at every moment.
 
         So the values of a run are those of one functional, whatever the steps in between followed.
+
+        Raises:
+            UserError: it cannot be computed from what is known, or is NaN because of what is not finite at a particle.
         """
         same = torch.Generator(self.particles.device).manual_seed(0)
-        return float(self.functional.fitted(self.particles, same).value(self.particles))
+        functional = self.functional.fitted(self.particles, same)
+        value = float(functional.value(self.particles))
+        if math.isnan(value):
+            check_finite(functional, self.particles, self.step)
+        return value
 
 
 class Flow(ABC):
@@ -65,8 +73,8 @@ class Flow(ABC):
         """The memory after another flow made each particle a copy of the one at `origin` (N,), before it moves."""
         return memory
 
-    def finish(self, moment: Moment) -> None:
-        """After the last step of a run: warns where the flow has not reached its end."""
+    def finish(self, moment: Moment, size: float) -> None:
+        """After the last step of a run, of this size: warns where the flow has not reached its end, or never will."""
         return
 
     def moments(
@@ -88,16 +96,16 @@ class Flow(ABC):
         if not 0 < step_size < float("inf"):
             raise UserError(f"step_size is {step_size}, expected a positive number")
         particles = particles.detach()
-        _check(particles, 0)
+        check_particles(particles)
         moment = Moment(particles, self.subject().fitted(particles, generator), memory=self.begin(particles))
         yield moment
         for step in range(1, steps + 1):
             if step > 1:
                 moment = replace(moment, functional=moment.functional.fitted(moment.particles, generator))
-            moment = replace(self.advance(moment, step_size, generator), step=step)
-            _check(moment.particles, step)
+            before, moment = moment, replace(self.advance(moment, step_size, generator), step=step)
+            check_particles(moment.particles, before)
             yield moment
-        self.finish(moment)
+        self.finish(moment, moment.time - before.time)
 
     def run(self, particles: Tensor, steps: int, step_size: float, generator: torch.Generator | None = None) -> Tensor:
         """The particles after `steps` steps; `moments` has those in between, and the functional's values."""
@@ -134,8 +142,9 @@ class Alternating(Flow):
     def advance(self, moment, step_size, generator):
         memories, start, origin, size = list(moment.memory), moment.time, None, step_size
         for k, flow in enumerate(self.flows):
-            moment = replace(moment, memory=memories[k], time=0.0, origin=None)
-            moment = flow.advance(moment, size, generator)
+            before = replace(moment, memory=memories[k], time=0.0, origin=None)
+            moment = flow.advance(before, size, generator)
+            check_particles(moment.particles, before)
             memories[k], size = moment.memory, moment.time or size
             if moment.origin is not None:
                 origin = moment.origin if origin is None else origin[moment.origin]
@@ -146,14 +155,22 @@ class Alternating(Flow):
     def copied(self, memory, origin):
         return tuple(flow.copied(part, origin) for flow, part in zip(self.flows, memory, strict=True))
 
-    def finish(self, moment):
+    def finish(self, moment, size):
         for flow, memory in zip(self.flows, moment.memory, strict=True):
-            flow.finish(replace(moment, memory=memory))
+            flow.finish(replace(moment, memory=memory), size)
 
 
-def _check(particles: Tensor, step: int) -> None:
-    if not bool(particles.isfinite().all()):
-        index = int((~particles.flatten(1).isfinite().all(1)).nonzero()[0])
-        place = particles[index].flatten()[:4].tolist()
-        when = "before the first step" if step == 0 else f"after step {step}; try a smaller step_size"
-        raise UserError(f"particle {index} is {place}, expected finite numbers, {when}")
+def check_particles(particles: Tensor, before: Moment | None = None) -> None:
+    """Refuse particles that are not finite, by what of the functional was not, where the step began.
+
+    Args:
+        before: the moment from which the step led to them; None: they are the first.
+    """
+    if bool(particles.isfinite().all()):
+        return
+    if before is not None:
+        check_finite(before.functional, before.particles, before.step)
+    index = int((~particles.flatten(1).isfinite().all(1)).nonzero()[0])
+    place = particles[index].flatten()[:4].tolist()
+    when = f"after step {before.step + 1}; try a smaller step_size" if before else "before the first step"
+    raise UserError(f"particle {index} is {place}, expected finite numbers, {when}")

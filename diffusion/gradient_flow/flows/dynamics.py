@@ -74,6 +74,10 @@ class Integrator(ABC):
     def step(self, dynamics: Dynamics, x: Tensor, memory: Any, h: float) -> Stepped:
         """One step of length h from x (N, d)."""
 
+    @abstractmethod
+    def longest(self, curvature: float) -> float:
+        """The longest stable step where the drift P b is linear, of the rates up to `curvature`."""
+
     def copied(self, memory: Any, origin: Tensor) -> Any:
         """The memory where each particle has become a copy of the one at `origin` (N,)."""
         return memory

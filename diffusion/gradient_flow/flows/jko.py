@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffusion.errors import UserError
 from diffusion.gradient_flow.flows.base import Flow
 from diffusion.gradient_flow.flows.langevin import Noised, split_of
-from diffusion.gradient_flow.functionals.base import Functional, points_of
+from diffusion.gradient_flow.functionals.base import Functional, check_finite, points_of
 from diffusion.objectives import Batch
 from diffusion.randomness import derive_seed
 from diffusion.trainer import Trainer
@@ -95,6 +95,7 @@ class JKO(Flow):
 
     def advance(self, moment, step_size, generator):
         x, split, memory = moment.particles, moment.functional, moment.memory
+        check_finite(split.rest, x, moment.step)
         objective = JKOObjective(split, step_size)
         trainer = self.trainer if moment.step else self.first or self.trainer
         trainer = replace(trainer, seed=derive_seed(trainer.seed, "step", moment.step))

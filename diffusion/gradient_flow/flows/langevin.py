@@ -1,5 +1,6 @@
 """Langevin dynamics: the Wasserstein flow of tau * Entropy + R as an SDE, dx = -grad dR/dq dt + sqrt(2 tau) dW."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -11,6 +12,7 @@ from diffusion.gradient_flow.flows.base import Flow, Moment
 from diffusion.gradient_flow.flows.dynamics import Dynamics, Integrator
 from diffusion.gradient_flow.flows.overdamped import LeimkuhlerMatthews
 from diffusion.gradient_flow.flows.preconditioners import Identity, Preconditioner
+from diffusion.gradient_flow.flows.stability import warn_of_steps
 from diffusion.gradient_flow.functionals.base import Functional, Sum, Term
 from diffusion.gradient_flow.functionals.entropy import Entropy
 
@@ -46,6 +48,9 @@ class Noised(Functional):
 
     def first_variation(self, particles):
         return self._whole(particles).first_variation(particles)
+
+    def fault(self, particles):
+        return self.rest.fault(particles)
 
     def _whole(self, particles: Tensor) -> Sum:
         return Sum(Sum(self.entropies).fitted(particles).terms() + self.rest.terms())
@@ -94,7 +99,8 @@ class Langevin(Flow):
     """Particles that move by a velocity and by noise, each on its own unless the functional makes them interact.
 
     The noise stands for the entropy, of which no estimate is needed; an Interaction among the other terms makes it a
-    mean-field dynamics. Moment.value is an estimate of the functional nevertheless, by the entropy's estimator.
+    mean-field dynamics. Moment.value is an estimate of the functional nevertheless, by the entropy's estimator. A run
+    that ends with steps so long that the drift draws the particles no nearer to each other warns.
 
     Args:
         functional: tau * Entropy + R, such as KL(target).
@@ -139,9 +145,19 @@ class Langevin(Flow):
         uniform: Callable[[Tensor], Tensor],
     ) -> Moment:
         """One step with random numbers of one's own: normal(like) (N, d) and uniform(like) (N,), for like (N, d)."""
-        split, shape = noised(moment.functional), moment.particles.shape
-        x = moment.particles.flatten(1)
-        root = self.preconditioner.root(x)
-        dynamics = Dynamics(split.rest, split.temperature, self.preconditioner, root, shape, normal, uniform)
+        x, shape = moment.particles.flatten(1), moment.particles.shape
+        dynamics = self._dynamics(moment, x, normal, uniform)
         x, memory = self.integrator.step(dynamics, x, moment.memory, step_size)
         return replace(moment, particles=x.view(shape), time=moment.time + step_size, memory=memory)
+
+    def finish(self, moment, size):
+        if self.integrator.longest(1.0) < math.inf:
+            x, draws = moment.particles.flatten(1), Draws(None)
+            dynamics = self._dynamics(moment, x, draws.normal, draws.uniform)
+            noise = dynamics.temperature * dynamics.root.trace(x.shape[1])
+            warn_of_steps(x, dynamics.drift(x), noise, size, self.integrator.longest)
+
+    def _dynamics(self, moment: Moment, x: Tensor, normal: Callable, uniform: Callable) -> Dynamics:
+        split, root = noised(moment.functional), self.preconditioner.root(x)
+        shape = moment.particles.shape
+        return Dynamics(split.rest, split.temperature, self.preconditioner, root, shape, normal, uniform)

@@ -1,5 +1,6 @@
 """Langevin dynamics with the exact law in the end."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.gradient_flow.flows.dynamics import Dynamics, Integrator, Stepped
-from diffusion.gradient_flow.functionals.base import Functional
+from diffusion.gradient_flow.functionals.base import Functional, check_finite
 from diffusion.gradient_flow.functionals.potential import Potential
 from diffusion.gradient_flow.functionals.targets import ScorePotential
 
@@ -57,6 +58,8 @@ class Metropolis(Integrator):
             energy, force = memory.energy, memory.force
         else:
             energy, force = self._energy(dynamics, x), dynamics.force(x)
+            if bool(energy.isnan().any()) or not bool(force.isfinite().all()):  # from where no proposal is accepted
+                check_finite(dynamics.rest, x.view(dynamics.shape))
         root, scale = dynamics.root, (2 * dynamics.temperature * h) ** 0.5
         xi = dynamics.normal(x)
         proposal = x + h * root.times(root.transposed(force)) + scale * root.times(xi)
@@ -70,6 +73,10 @@ class Metropolis(Integrator):
         x = proposal.where(rows, x)
         energy, force = energy_there.where(taken, energy), force_there.where(rows, force)
         return Stepped(x, Acceptance(rate, steps, last, potentials, x, energy, force))
+
+    def longest(self, curvature):
+        """Any: proposals that lead too far are refused."""
+        return math.inf
 
     @staticmethod
     @torch.no_grad()

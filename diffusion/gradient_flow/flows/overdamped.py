@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from diffusion.gradient_flow.flows.dynamics import Integrator, Stepped
 
+KUTTA = 2.5127453266183286
+"""The root z of 1 - z + z^2 / 2 - z^3 / 6 = -1, up to which steps of order 3 do not grow."""
+
 
 @dataclass(frozen=True)
 class EulerMaruyama(Integrator):
@@ -19,6 +22,9 @@ class EulerMaruyama(Integrator):
 
     def step(self, dynamics, x, memory, h):
         return Stepped(x + h * dynamics.drift(x) + h**0.5 * dynamics.noise(x))
+
+    def longest(self, curvature):
+        return 2 / curvature
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,9 @@ class LeimkuhlerMatthews(Integrator):
         after = dynamics.noise(x)
         return Stepped(x + h * dynamics.drift(x) + h**0.5 / 2 * (before + after), after)
 
+    def longest(self, curvature):
+        return 2 / curvature
+
     def copied(self, memory, origin):
         return None if memory is None else memory[origin]
 
@@ -51,6 +60,9 @@ class StochasticHeun(Integrator):
     def step(self, dynamics, x, memory, h):
         noise, now = h**0.5 * dynamics.noise(x), dynamics.drift(x)
         return Stepped(x + h / 2 * (now + dynamics.drift(x + h * now + noise)) + noise)
+
+    def longest(self, curvature):
+        return 2 / curvature
 
 
 @dataclass(frozen=True)
@@ -73,3 +85,6 @@ class ThirdOrder(Integrator):
         between = (dynamics.drift(middle + apart / 4) + dynamics.drift(middle - apart / 4)) / 2
         end = dynamics.drift(x + h * (2 * between - start) + whole)
         return Stepped(x + h / 6 * (start + 4 * between + end) + whole)
+
+    def longest(self, curvature):
+        return KUTTA / curvature

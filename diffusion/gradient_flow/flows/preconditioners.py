@@ -20,6 +20,10 @@ class Root(ABC):
     def transposed(self, v: Tensor) -> Tensor:
         """L^T v of each row of v (N, d)."""
 
+    @abstractmethod
+    def trace(self, dim: int) -> float:
+        """tr P, of `dim` coordinates."""
+
 
 class Preconditioner(ABC):
     """P, one matrix for all particles, which may depend on them."""
@@ -51,6 +55,9 @@ class Identity(Preconditioner, Root):
     def transposed(self, v):
         return v
 
+    def trace(self, dim):
+        return dim
+
     def divergence(self, x):
         return 0.0
 
@@ -67,6 +74,9 @@ class Diagonal(Root):
     def transposed(self, v):
         return self.scales * v
 
+    def trace(self, dim):
+        return float(self.scales.square().sum())
+
 
 @dataclass(frozen=True)
 class Lower(Root):
@@ -79,6 +89,9 @@ class Lower(Root):
 
     def transposed(self, v):
         return v @ self.matrix
+
+    def trace(self, dim):
+        return float(self.matrix.square().sum())
 
 
 @dataclass(frozen=True, eq=False)

@@ -168,7 +168,7 @@ class Tempered(Flow):
         particles = memory.known.x.to(moment.particles.dtype).view(moment.particles.shape)
         return replace(moment, particles=particles, time=moment.time + step_size, memory=memory, origin=origin)
 
-    def finish(self, moment):
+    def finish(self, moment, size):
         share = moment.memory.share
         if share < 1:
             warnings.warn(

@@ -56,5 +56,8 @@ class Underdamped(Integrator):
         x = x + h / 2 / self.mass * dynamics.root.times(momentum)
         return Stepped(x, Swing(momentum, h))
 
+    def longest(self, curvature):
+        return 2 * (self.mass / curvature) ** 0.5
+
     def copied(self, memory, origin):
         return None if memory is None else memory._replace(momentum=memory.momentum[origin])

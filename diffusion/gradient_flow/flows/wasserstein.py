@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.gradient_flow.flows.base import Flow
-from diffusion.gradient_flow.functionals.base import Functional
+from diffusion.gradient_flow.functionals.base import Functional, check_finite
 from diffusion.samplers.runge_kutta import TABLEAUS
 
 ORDERS = (1, 2, 4)
@@ -116,6 +116,8 @@ class WassersteinFlow(Flow):
             moved = self._moved(functional, x, heavy, step_size)
             return replace(moment, particles=moved, time=moment.time + step_size, memory=Pace(1.0, heavy))
         start = self._value(functional, x, pace.measured)
+        if not (math.isfinite(start) and bool(v.isfinite().all())):
+            check_finite(functional, x, moment.step)
         kept = _mean_product(v, heavy) > 0
         scale, smallest = pace.scale, 0.5**self.control.halvings
         while True:

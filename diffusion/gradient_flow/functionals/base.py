@@ -53,6 +53,10 @@ class Functional(ABC):
         """
         return self
 
+    def fault(self, particles: Tensor) -> str | None:
+        """What is not finite at which of the particles, in words, such as "the score is nan at particle 3"."""
+        return not_finite(f"the velocity of {type(self).__name__}", self.velocity(particles), particles)
+
     def relative(self) -> Functional:
         """This functional up to a term of the particles alone, where it costs less without.
 
@@ -101,6 +105,9 @@ class Sum(Functional):
     def first_variation(self, particles):
         return sum(weight * functional.first_variation(particles) for weight, functional in self.parts)
 
+    def fault(self, particles):
+        return next(filter(None, (part.fault(particles) for _, part in self.parts)), None)
+
     def fitted(self, particles, generator=None):
         return Sum(tuple(Term(weight, part.fitted(particles, generator)) for weight, part in self.parts))
 
@@ -122,6 +129,28 @@ def points_of(particles: Tensor, dim: int | None = None) -> Tensor:
     if dim is not None and points.shape[1] != dim:
         raise UserError(f"particles have {points.shape[1]} coordinates, expected {dim}, as many as the data")
     return points
+
+
+def not_finite(name: str, values: Tensor, particles: Tensor) -> str | None:
+    """Where the first of the values (N, ...) at particles (N, *shape) is that is not finite; None where all are."""
+    values = values.detach().reshape(len(values), -1)
+    wrong = ~values.isfinite()
+    if not bool(wrong.any()):
+        return None
+    index = int(wrong.any(1).nonzero()[0])
+    value = float(values[index][wrong[index]][0])
+    return f"{name} is {value} at particle {index}, {particles[index].flatten()[:4].tolist()}"
+
+
+def check_finite(functional: Functional, particles: Tensor, steps: int = 0) -> None:
+    """Refuse particles, after so many steps, at which the functional is not finite.
+
+    Raises:
+        UserError: it says what of the functional, and where.
+    """
+    if fault := functional.fault(particles):
+        remedy = f"after step {steps}; try a smaller step_size" if steps else "before the first step; start elsewhere"
+        raise UserError(f"{fault}, expected finite numbers, {remedy}, or mend the function")
 
 
 def check_data(data: Tensor) -> None:

@@ -56,6 +56,9 @@ class KL(Functional):
     def first_variation(self, particles):
         return Sum(self.terms()).first_variation(particles)
 
+    def fault(self, particles):
+        return Sum(self.terms()).fault(particles)
+
     def fitted(self, particles, generator=None):
         entropy, potential = (term.functional.fitted(particles, generator) for term in self.terms())
         if potential is self.target and entropy is self.entropy:

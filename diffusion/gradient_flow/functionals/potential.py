@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.gradient_flow.functionals.base import Functional, points_of
+from diffusion.gradient_flow.functionals.base import Functional, not_finite, points_of
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,11 @@ class Potential(Functional):
 
     Args:
         energy: U, (N, *shape) -> (N,), in torch operations.
+        name: of U, in errors.
     """
 
     energy: Callable[[Tensor], Tensor]
+    name: str = "energy"
 
     def value(self, particles):
         return self.first_variation(particles).mean()
@@ -29,13 +31,19 @@ class Potential(Functional):
         x = particles.detach().requires_grad_()
         energy = self.first_variation(x)
         if not energy.requires_grad:
-            raise UserError("the energy has no derivative in x; expected torch operations, not under no_grad")
-        return -torch.autograd.grad(energy.sum(), x)[0]
+            raise UserError(f"the {self.name} has no derivative in x; expected torch operations, not under no_grad")
+        velocity = -torch.autograd.grad(energy.sum(), x)[0]
+        undefined = energy.detach().isnan().view(-1, *[1] * (x.dim() - 1))  # log has a derivative below 0
+        return velocity.masked_fill_(undefined, torch.nan)
 
     def first_variation(self, particles):
         points_of(particles)
         energy = self.energy(particles)
         if not isinstance(energy, Tensor) or energy.shape != particles.shape[:1]:
             found = tuple(energy.shape) if isinstance(energy, Tensor) else type(energy).__name__
-            raise UserError(f"the energy has shape {found}, expected ({len(particles)},): one number a particle")
+            raise UserError(f"the {self.name} has shape {found}, expected ({len(particles)},): one number a particle")
         return energy
+
+    def fault(self, particles):
+        fault = not_finite(f"the {self.name}", self.first_variation(particles), particles)
+        return fault or not_finite(f"the gradient of the {self.name}", self.velocity(particles), particles)

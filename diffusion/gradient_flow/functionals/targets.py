@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion.errors import UserError
 from diffusion.fields import Field
 from diffusion.generator import Generator
-from diffusion.gradient_flow.functionals.base import Functional, points_of
+from diffusion.gradient_flow.functionals.base import Functional, not_finite, points_of
 from diffusion.gradient_flow.functionals.potential import Potential
 
 
@@ -63,6 +63,12 @@ class ScorePotential(Functional):
             )
         return -_answer(self.log_density(particles), particles.shape[:1], "log-density").to(particles.dtype)
 
+    def fault(self, particles):
+        fault = not_finite("the score", self.velocity(particles), particles)
+        if fault or self.log_density is None:
+            return fault
+        return not_finite("the negative log-density", self.first_variation(particles), particles)
+
 
 @dataclass(frozen=True)
 class Unknown(Functional):
@@ -84,7 +90,7 @@ class Unknown(Functional):
         answer = self.target(particles[:1].detach())
         shape = answer.shape if isinstance(answer, Tensor) else None
         if shape == (1,):
-            return Potential(_Negative(self.target))
+            return Potential(_Negative(self.target), "negative log-density")
         if shape == (1, 1) == particles[:1].shape:
             raise UserError(
                 "the target's answer for one particle is of shape (1, 1), a log-density or a score; expected (1,) of a "
