@@ -8,10 +8,11 @@ import torch
 from problems import FIELDS, GaussianMixture, PointMasses, names
 from reference import error, solved
 
-from diffusion.fields import EmpiricalField, gravity, linear, variance_exploding, variance_preserving
+from diffusion.fields import EmpiricalField, gravity, linear, pfgmpp, variance_exploding, variance_preserving
 from diffusion.samplers import Adaptive, BandGrid, Counted, LogSNRGrid, Multistep, PowerGrid, RungeKutta
-from diffusion.samplers.arc import Arc, noise_scales, solve_times, times_of_noise
+from diffusion.samplers.arc import USUAL_STD, Arc, noise_scales, solve_times, times_of_noise
 from diffusion.samplers.multistep import integral_weights
+from diffusion.samplers.on_arc import FINEST, hidden
 
 every_order = pytest.mark.parametrize("order", [1, 2, 3, 4])
 every_case = pytest.mark.parametrize("name", ["variance_exploding", "linear", "gravity"])
@@ -147,6 +148,25 @@ class TestHeavyTails:
 
         assert worst(Multistep(12)) < 0.02
         assert worst(Multistep(12)) < worst(Multistep(12, grid=PowerGrid())) / 3
+
+    @pytest.mark.parametrize("seed", [0, 3])
+    def test_times_reach_further_down_in_many_dimensions(self, seed):
+        """Where the radii of the data hide the noise: the error is smaller than on the grid of few dimensions."""
+        field, randomness = gravity(128), torch.Generator().manual_seed(seed)
+        few, many = (torch.randn(size, generator=randomness).double() for size in ((6, 4), (4, 128)))
+        stds, weights = torch.linspace(0.1, 0.5, 6).double(), torch.full((6,), 1 / 6, dtype=torch.float64)
+        model = GaussianMixture(field, few @ many / 2, stds, weights)
+        x_T = field.sample_prior((60, 128), torch.Generator().manual_seed(100 + seed), dtype=torch.float64)
+        fine, common = Multistep(60)(model, x_T), BandGrid(FINEST * USUAL_STD, 128**0.5 * USUAL_STD)
+
+        def typical(sampler):
+            return float((sampler(model, x_T) - fine).square().mean(1).sqrt().log().mean().exp())
+
+        assert typical(Multistep(10)) < 0.9 * typical(Multistep(10, grid=common))
+
+    def test_noise_of_a_scale_that_is_known_is_not_hidden(self):
+        assert hidden(variance_exploding(), 192) == hidden(gravity(16), 16) == 1
+        assert hidden(pfgmpp(64, 2048.0), 64) > 0.99 > 0.8 > hidden(gravity(64), 64) > hidden(gravity(192), 192) > 0.5
 
     def test_a_sample_whose_noise_hides_the_data_at_t_min_ends_with_the_estimate(self):
         model = solved("gravity").model
