@@ -55,7 +55,7 @@ def test_annealing_is_judged_by_the_last_level(run, tmp_path):
 
 
 def test_steps_that_are_too_long_are_warned_of(run):
-    with pytest.warns(UserWarning, match="the steps are too long: .* divide step_size by"):
+    with pytest.warns(UserWarning, match="the steps are too long: .* a step_size divided by"):
         status, out, err = run("flow", "flow=langevin", "flow.step_size=0.04", *QUICK[:3], *QUICK[4:], "flow.steps=30")
     assert status == 0 and "DID NOT FALL" in out, err
 

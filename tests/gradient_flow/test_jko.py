@@ -14,6 +14,7 @@ from diffusion.gradient_flow.functionals.entropy import Entropy
 from diffusion.gradient_flow.functionals.interaction import Interaction
 from diffusion.gradient_flow.functionals.kl import KL
 from diffusion.gradient_flow.functionals.potential import Potential
+from diffusion.gradient_flow.functionals.targets import ScorePotential
 from diffusion.gradient_flow.gaussian_flow import GaussianFlow
 from diffusion.metrics import GaussianLaw, gaussian_wasserstein
 from diffusion.objectives import Batch
@@ -157,3 +158,16 @@ class TestErrors:
             net.last.weight[:, -2:] = torch.diag(torch.tensor([-30.0, 1.0]))
         with user_error("the map folds space over at particle 0", "smaller step_size"):
             JKO(Entropy(), net, SHORT).run(draws(5, 2, 0), 1, 0.1)
+
+
+def test_a_step_costs_two_log_densities():
+    """Of its ends, for the change: a model's is an integral along its flow."""
+    asked = []
+
+    def log_density(x):
+        asked.append(len(x))
+        return -x.square().sum(1) / 2
+
+    functional = KL(ScorePotential(lambda x: -x, log_density))
+    JKO(functional, network(), SHORT).run(draws(20, 2, 0), 3, 0.1)
+    assert asked == [20] * 6

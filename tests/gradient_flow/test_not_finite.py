@@ -13,6 +13,7 @@ from diffusion.gradient_flow import (
     JKO,
     KL,
     AnnealedLangevin,
+    Entropy,
     EulerMaruyama,
     FDivergence,
     FisherRaoFlow,
@@ -92,6 +93,16 @@ def test_a_derivative_that_is_not_finite_where_the_log_density_is(flow, user_err
 def test_a_score_that_is_not_finite(flow, user_error):
     with user_error("the score is nan at particle 3, [5.0, "):
         FLOWS[flow](KL(lambda x: -x * (4 - x[:, :1]).sqrt())).run(START, 2, 0.01, seeded())
+
+
+@pytest.mark.parametrize("kind", [EulerMaruyama(), Metropolis()], ids=["euler", "metropolis"])
+@pytest.mark.parametrize(("step_size", "steps"), [(4.0, 0), (0.7, 2)])
+def test_where_the_flow_before_led_to_it(kind, step_size, steps, user_error):
+    """The start is not to blame, nor the only remedy, and steps are counted."""
+    functional = 1e-12 * Entropy() + Potential(lambda x: (4 - x[:, 0]).sqrt() * 0 - x[:, 0])
+    flow = WassersteinFlow(functional, control=None) + Langevin(functional, kind)
+    with user_error("the energy is nan at particle 1, [", f"after {steps} steps", "try a smaller step_size"):
+        flow.run(torch.tensor([[0.0, 0.0], [1.0, 0.0]]).double(), 5, step_size, seeded())
 
 
 def test_a_model_that_is_not_finite_at_one_of_the_levels(user_error):

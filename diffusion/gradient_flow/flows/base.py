@@ -37,7 +37,7 @@ class Moment:
     origin: Tensor | None = None
 
     def value(self) -> float:
-        """The flow's functional at the particles, fitted to them, with the same random numbers at every moment.
+        """The flow's functional at the particles, fitted to them with a generator that is the same at every moment.
 
         So the values of a run are those of one functional, whatever the steps in between followed.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.gradient_flow.flows.dynamics import Dynamics, Integrator, Stepped
-from diffusion.gradient_flow.functionals.base import Functional, check_finite
+from diffusion.gradient_flow.functionals.base import Functional
 from diffusion.gradient_flow.functionals.potential import Potential
 from diffusion.gradient_flow.functionals.targets import ScorePotential
 
@@ -59,7 +59,7 @@ class Metropolis(Integrator):
         else:
             energy, force = self._energy(dynamics, x), dynamics.force(x)
             if bool(energy.isnan().any()) or not bool(force.isfinite().all()):  # from where no proposal is accepted
-                check_finite(dynamics.rest, x.view(dynamics.shape))
+                return Stepped(torch.full_like(x, torch.nan))
         root, scale = dynamics.root, (2 * dynamics.temperature * h) ** 0.5
         xi = dynamics.normal(x)
         proposal = x + h * root.times(root.transposed(force)) + scale * root.times(xi)

@@ -45,6 +45,6 @@ def warn_of_steps(
         warnings.warn(
             f"the steps are too long: the particles are {unit * float(gaps.square().sum(1).mean()) ** 0.5:.3g} from "
             f"their mean, and a step of {size:.3g} takes them no nearer to it, where the drift draws them at the rate "
-            f"{rate:.3g}; divide step_size by {2 * size / longest(rate):.3g} or more",
+            f"{rate:.3g}; a step_size divided by {2 * size / longest(rate):.3g} would do there",
             stacklevel=4,
         )

@@ -149,8 +149,8 @@ def check_finite(functional: Functional, particles: Tensor, steps: int = 0) -> N
         UserError: it says what of the functional, and where.
     """
     if fault := functional.fault(particles):
-        remedy = f"after step {steps}; try a smaller step_size" if steps else "before the first step; start elsewhere"
-        raise UserError(f"{fault}, expected finite numbers, {remedy}, or mend the function")
+        remedy = "start elsewhere, try a smaller step_size, or mend the function"
+        raise UserError(f"{fault}, expected finite numbers, after {steps} steps; {remedy}")
 
 
 def check_data(data: Tensor) -> None:
