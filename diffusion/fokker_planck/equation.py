@@ -257,10 +257,10 @@ class FokkerPlanck:
     @staticmethod
     def _time(t: Tensor | float, x: Tensor, of_number: bool) -> Tensor:
         """(), or (B,) for points `x` (B, d)."""
-        if isinstance(t, Tensor):
-            t = t.to(x).reshape(())
-            return t if of_number else t.expand(len(x))
-        return x.new_full(() if of_number else x.shape[:1], t)
+        if isinstance(t, float):
+            return x.new_full(() if of_number else x.shape[:1], t)
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(())
+        return t if of_number else t.expand(len(x))
 
     def _takes_number(self, name: str, function: Function, x: Tensor, t: Tensor | float) -> bool:
         """Whether the function wants the time as one number: asked with a number of points that is no dimension."""

@@ -64,7 +64,7 @@ def rising(times: Sequence[float] | Tensor) -> list[float]:
     Raises:
         UserError: there are none, or they do not rise or are not finite.
     """
-    times = times.double().reshape(-1).tolist() if isinstance(times, Tensor) else list(map(float, times))
+    times = torch.as_tensor(times, dtype=torch.float64).reshape(-1).tolist()
     rises = all(later > earlier for earlier, later in itertools.pairwise(times))
     if not times or not rises or not all(map(math.isfinite, times)):
         raise UserError(f"times are {times}, expected rising finite numbers, the first that of the start")

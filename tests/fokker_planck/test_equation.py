@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,12 @@ def test_time_as_a_number_or_for_each_point(points, number, drift, diffusion):
     g = equation.diffusion(x, torch.tensor(0.5))
     assert g.shape in ((number,), (number, 3))
     assert bool((g == 0.5).all())
+
+
+@pytest.mark.parametrize("t", [2, np.float32(2), np.array(2.0), np.array([2.0]), torch.tensor([2])], ids=repr)
+def test_times_of_every_kind(points, t):
+    for drift in (lambda x, t: -t * x, lambda x, t: -t[:, None] * x):
+        assert torch.equal(FokkerPlanck(drift, 1.0).drift(points, t), -2 * points)
 
 
 def test_constant_diffusion(points):

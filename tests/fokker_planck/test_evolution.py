@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -177,8 +178,9 @@ def test_times_must_rise_and_be_finite(times):
         rising(times)
 
 
-def test_times_of_a_tensor():
-    assert rising(torch.tensor([0, 1])) == [0.0, 1.0] and rising([2]) == [2.0]
+def test_times_of_every_kind():
+    assert rising(torch.tensor([0, 1])) == rising(torch.tensor([0.0, 1.0]).unbind()) == [0.0, 1.0]
+    assert rising([2]) == rising(2.0) == rising(np.array(2)) == [2.0]
 
 
 @pytest.mark.parametrize("bad", [{"tolerance": 0.0}, {"tolerance": math.nan}, {"steps": 0}], ids=str)

@@ -47,6 +47,13 @@ def test_a_look_at_the_time_is_seen(name):
     assert always(FokkerPlanck.from_covariance(lambda x, t: -x, lambda x, t: LOOK[name](x, t).abs())) is None
 
 
+def test_noise_that_is_the_time_is_not_taken_for_unchanging():
+    equation = FokkerPlanck(lambda x, t: -x, lambda x, t: t)
+    assert always(equation) is None
+    found, exact = (RatesInTime(equation, Box([(-1.0, 1.0)], 8), start).at(2.0) for start in (0.5, 2.0))
+    torch.testing.assert_close(found.rates[(1,)], exact.rates[(1,)], rtol=1e-12, atol=0)
+
+
 def test_no_look_at_the_time_is_seen_too():
     x = torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None]
     layer = torch.nn.Linear(1, 1).double()
