@@ -41,11 +41,12 @@ def test_columns_sum_to_zero_and_little_is_put_back(name, boundary):
     assert 0 <= found.put_back < 1e-10
 
 
-def test_a_chain_that_leaks_is_seen():
+@pytest.mark.parametrize("factor", [1.02, 0.98], ids=["loses", "gains"])
+def test_a_chain_that_leaks_is_seen(factor):
     problem = problems.ornstein_uhlenbeck()
     box = Box(problem.domain, 40)
     process = JumpProcess(box, jumps_at(problem.equation, box, 0.0))
-    process.exit = process.exit * 1.02
+    process.exit = process.exit * factor
     mass = box.averages(problem.start.log_prob)[None] * box.volume
     kept = process.advance(mass, 0.5)
     assert float((kept.sum() / mass.sum() - 1).abs()) < 1e-12 and process.ledger.put_back > 1e-3
