@@ -167,11 +167,15 @@ def test_steps_that_are_short_enough_are_not(name, problem, number):
         assert ran(Langevin(functional, INTEGRATORS[name]), start(number), steps, size) == []
 
 
+@pytest.mark.parametrize(
+    "matrix", [None, 4.0 * torch.eye(2), torch.tensor([4.0, 4.0])], ids=["1", "matrix", "diagonal"]
+)
 @pytest.mark.parametrize("name", [name for name in INTEGRATORS if name != "euler"])
-def test_steps_at_the_edge_of_stability_are_not_where_the_law_is_right(name):
+def test_steps_at_the_edge_of_stability_are_not_where_the_law_is_right(name, matrix):
     """The plain scheme is wrong there; the others have a variance of the order of the law's."""
-    flow = Langevin(KL(lambda x: -x.square().sum(1) / 2), INTEGRATORS[name])
-    assert ran(flow, draws(100, 2, 0), 300, 0.9 * INTEGRATORS[name].longest(1.0)) == []
+    preconditioner, rate = (Identity(), 1.0) if matrix is None else (Matrix(matrix.double()), 4.0)
+    flow = Langevin(KL(lambda x: -x.square().sum(1) / 2), INTEGRATORS[name], preconditioner)
+    assert ran(flow, draws(100, 2, 0), 300, 0.9 * INTEGRATORS[name].longest(rate)) == []
 
 
 def test_proposals_may_be_of_any_length():
