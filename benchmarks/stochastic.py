@@ -1,10 +1,11 @@
 """Marginal errors of the stochastic samplers against exact mixtures: python benchmarks/stochastic.py
 
 Three point masses of different weight in the plane, 2 apart, and fields that end at t_min, where the law is a mixture
-of Gaussian (under gravity: Cauchy; PFGM++: Student-t) laws of scale 0.2 around them. Samples start from the exact law at the horizon, so
-that only the steps of the sampler are to blame. The error is the distance of the distribution functions of projections
-on eight directions, [mean (F_N - F)^2]^(1/2) with the mean over the exact law, from which the part due to chance,
-1 / (6 N), is subtracted; what chance leaves is the error of four sets of exact draws, in the row "exact".
+of laws of scale 0.2 around them, those of the field's noise: Gaussian, Cauchy under gravity, Student-t under PFGM++.
+Samples start from the exact law at the horizon, so that only the steps of the sampler are to blame. The error is the
+distance of the distribution functions of projections on eight directions, [mean (F_N - F)^2]^(1/2) with the mean over
+the exact law, from which the part due to chance, 1 / (6 N), is subtracted; what chance leaves is the error of four sets
+of exact draws, in the row "exact".
 """
 
 import argparse
