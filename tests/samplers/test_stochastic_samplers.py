@@ -115,8 +115,8 @@ def test_marginals_of_every_field(name):
 @pytest.mark.parametrize(
     ("name", "sampler"),
     [
-        *((name, Churn(60, churn=10.0)) for name in FIELDS),
-        *((name, Ancestral(80)) for name in FIELDS),
+        *((name, Churn(30, churn=5.0)) for name in FIELDS),
+        *((name, Ancestral(60)) for name in FIELDS),
         ("linear", Ancestral(100, eta=0.5)),
         ("gravity", Ancestral(100, eta=0.5)),
     ],
