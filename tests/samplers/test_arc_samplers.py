@@ -166,6 +166,7 @@ class TestHeavyTails:
 
     def test_noise_of_a_scale_that_is_known_is_not_hidden(self):
         assert hidden(variance_exploding(), 192) == hidden(gravity(16), 16) == 1
+        assert hidden(pfgmpp(64, 64.0), 64) == pytest.approx((20 / 64) ** (1 / 16))
         assert hidden(pfgmpp(64, 2048.0), 64) > 0.99 > 0.8 > hidden(gravity(64), 64) > hidden(gravity(192), 192) > 0.5
 
     def test_a_sample_whose_noise_hides_the_data_at_t_min_ends_with_the_estimate(self):

@@ -14,6 +14,7 @@ from diffusion.fields import (
     Gaussian,
     StudentT,
     curved,
+    drifting,
     gravity,
     laplace,
     linear,
@@ -255,6 +256,13 @@ def test_ancestral_is_that_of_ddim(name, eta):
             mean = b * x0 + math.sqrt(r**2 - std**2) * (x - a * x0) / s
         x = mean + std * torch.randn(x.shape, generator=draws, dtype=torch.float64) if eta else mean
     torch.testing.assert_close(sampler(model, x_T, randomness(5)), x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sampler", [Ancestral(30), Ancestral(30, eta=0.5), Churn(30)], ids=["full", "half", "churn"])
+def test_a_level_that_falls_again_towards_the_horizon_is_not_renewed(sampler):
+    field = drifting(lambda x0, t: (1 - t) * x0, lambda t: (2.2 * t).sin(), Gaussian(2))
+    x = sampler(point_masses(field), field.sample_prior((200, 2), randomness(1), dtype=torch.float64), randomness())
+    assert torch.cdist(x, MASSES.means).amin(1).max() < 0.05
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
