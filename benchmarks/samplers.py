@@ -28,6 +28,7 @@ from mixtures import Case
 from torch import Tensor
 
 from diffusion.samplers import Adaptive, AdaptiveMultistep, Euler, Heun, Multistep, Sampler, tune
+from diffusion.samplers.arc import data_std
 
 
 class Ours(NamedTuple):
@@ -58,7 +59,7 @@ class Evaluated:
     """A model that keeps the sizes of the batches it is called with."""
 
     def __init__(self, model: mixtures.Mixture):
-        self.model, self.field, self.sizes = model, model.field, []
+        self.model, self.field, self.data_std, self.sizes = model, model.field, data_std(model), []
 
     def velocity(self, x: Tensor, t: Tensor | float) -> Tensor:
         self.sizes.append(len(x))

@@ -13,6 +13,11 @@ from diffusion.errors import UserError
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, so that at the end no process waits for one."""
+    items.sort(key=lambda item: "test_notebooks" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Also in processes that tests start: threads that wait for each other take ten times as long on a busy machine.
