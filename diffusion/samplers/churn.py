@@ -20,7 +20,8 @@ class Churn(StochasticSampler):
     Elsewhere Gaussian noise does, with the score's help: `Stochastic`'s step, upwards, two evaluations more each time.
 
     Args:
-        churn: EDM's S_churn: the level is raised by the factor 1 + churn / steps, at most by sqrt(2).
+        churn: EDM's S_churn: the level is raised by the factor 1 + churn / steps, at most by sqrt(2), but not beyond
+            that of the horizon.
         lowest, highest: levels between which it is raised; EDM's S_min and S_max.
         inflate: EDM's S_noise, a factor of the scale of the noise; 1 is right for an exact model.
     """

@@ -157,13 +157,13 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize("number", [1, 2, 50])
+@pytest.mark.parametrize("number", [1, 50])
 @pytest.mark.parametrize("problem", RIGHT)
 @every
 def test_steps_that_are_short_enough_are_not(name, problem, number):
     """On the way and at rest; the sizes are up to half of what is stable."""
     functional, start, size = RIGHT[problem]
-    for steps in (1, 2, 5, 100):
+    for steps in (1, 3, 100):
         assert ran(Langevin(functional, INTEGRATORS[name]), start(number), steps, size) == []
 
 

@@ -73,16 +73,17 @@ def error(sampler, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-class TestErrors:
-    def test_fall_below_those_of_heun(self, name):
-        """At 19 or 20 evaluations."""
-        heun = error(Heun(10), name)
-        assert error(Multistep(20, denoise=True), name) < min(heun, 0.02)
-        assert error(RungeKutta(7, 3), name) < min(heun, 0.04)
+def test_errors_fall_below_those_of_heun(name):
+    """At 19 or 20 evaluations."""
+    heun = error(Heun(10), name)
+    assert error(Multistep(20, denoise=True), name) < min(heun, 0.02)
+    assert error(RungeKutta(7, 3), name) < min(heun, 0.04)
 
-    def test_converge(self, name):
-        assert error(Multistep(80, denoise=True), name) < 4e-4
-        assert error(RungeKutta(27, 3), name) < 2e-3
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "curved"])  # its velocity takes longest
+def test_samplers_converge(name):
+    assert error(Multistep(80, denoise=True), name) < 4e-4
+    assert error(RungeKutta(27, 3), name) < 2e-3
 
 
 def test_lines_of_a_scale_family_bend_nowhere():
