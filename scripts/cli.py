@@ -110,7 +110,8 @@ def expect(config: DictConfig, **kinds: type) -> None:
     """
     for name, kind in kinds.items():
         value = config[name]
-        if value is not None and type(value) is not kind:
+        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        if value is not None and type(value) is not kind and (kind, type(value)) != (float, int):
             raise UserError(f"{name} is {value!r}, expected a value of type {kind.__name__}")
 
 

@@ -6,14 +6,17 @@ import torch
 from cli import build, command, expect, run_folder, write_config
 from omegaconf import DictConfig
 
-from diffusion import UserError
+from diffusion import UserError, devices
 from diffusion.fokker_planck.pictures import save_animation, save_picture
 from diffusion.fokker_planck.problems import Problem
 
 
 @command("fokker_planck")
 def main(config: DictConfig) -> None:
-    expect(config, frames=int, animation=bool)
+    expect(config, frames=int, animation=bool, seed=int)
+    kinds = {"tolerance": float, "order": int, "symmetrised": bool, "number": int, "steps": int, "options": dict}
+    expect(config.solver, **{name: kind for name, kind in kinds.items() if name in config.solver})
+    devices.pick(config.device)
     if config.frames < 2:
         raise UserError(f"frames is {config.frames}, expected at least 2, the first and the last time")
     problem = build(config.problem)

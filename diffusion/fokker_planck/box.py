@@ -1,6 +1,7 @@
 """A box cut into equal cells, and which cell a jump leads to: the geometry of the grid solver."""
 
 import math
+import operator
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -55,7 +56,10 @@ class Box:
         boundary: str | Sequence[str] = "reflecting",
         device: torch.device | str | None = None,
     ):
-        self.domain = tuple((float(low), float(high)) for low, high in domain)
+        try:
+            self.domain = tuple((float(low), float(high)) for low, high in domain)
+        except (TypeError, ValueError):
+            raise UserError(f"the domain is {domain!r}, expected (low, high) of each coordinate") from None
         self.dim = len(self.domain)
         if self.dim not in USUAL_CELLS:
             raise UserError(f"the domain has {self.dim} coordinates, a grid is for 1, 2 or 3; use particles beyond")
@@ -63,7 +67,11 @@ class Box:
             if not (math.isfinite(low) and math.isfinite(high) and low < high):
                 raise UserError(f"the domain has the interval ({low}, {high}), expected finite low < high")
         cells = USUAL_CELLS[self.dim] if cells is None else cells
-        self.cells = (cells,) * self.dim if isinstance(cells, int) else tuple(int(n) for n in cells)
+        counts = cells if isinstance(cells, Sequence | np.ndarray | Tensor) else (cells,) * self.dim
+        try:
+            self.cells = tuple(map(operator.index, counts))
+        except TypeError:
+            raise UserError(f"cells is {cells!r}, expected whole numbers") from None
         if len(self.cells) != self.dim or min(self.cells) < 3:
             raise UserError(f"cells is {cells}, expected at least 3 for each of the {self.dim} coordinates")
         self.boundary = (boundary,) * self.dim if isinstance(boundary, str) else tuple(boundary)

@@ -18,6 +18,8 @@ from diffusion.errors import UserError
 Function = Callable[[Tensor, Tensor], Tensor]
 Found = TypeVar("Found")
 
+STEPS = 1e-5, 1e-3  # of differences that derivatives are compared with; the longer is for functions in float32
+
 
 def act(matrix: Tensor, vector: Tensor) -> Tensor:
     """The product (B, d) of a matrix, given as (B,), (B, d) or (B, d, d), with a vector (B, d)."""
@@ -96,7 +98,7 @@ class FokkerPlanck:
         self._diffusion = diffusion if callable(diffusion) else lambda x, t: float(diffusion)
         self._covariance: Function | None = None
         self._of_number: dict[str, bool] = {}
-        self._differentiable = False  # has been checked
+        self._differentiable: set[str] = set()  # what has been checked
 
     @classmethod
     def from_covariance(cls, drift: Function, covariance: Function) -> "FokkerPlanck":
@@ -153,33 +155,39 @@ class FokkerPlanck:
             raise UserError(f"g g^T has no finite derivative at x={x[bad].tolist()}; expected a smooth function there")
         return total
 
-    def check_differentiable(self, x: Tensor, t: Tensor | float) -> None:
-        """Check, once for an equation, that torch sees how drift and g g^T change with `x` (B, d).
+    def check_differentiable(self, x: Tensor, t: Tensor | float, drift: bool = False) -> None:
+        """Check, once for an equation, that torch sees how what is to be differentiated changes with `x` (B, d).
+
+        That is g g^T, or the drift.
 
         Raises:
-            UserError: their derivatives are not those of differences, as under no_grad or after detach.
+            UserError: its derivatives are not those of differences, as under no_grad or after detach.
         """
-        if self._differentiable or x.dtype != torch.float64:
+        name, function = ("drift", self.drift) if drift else ("g g^T", self.covariance)
+        if name in self._differentiable or x.dtype != torch.float64:
             return
-        x, step = x.detach(), 1e-5
+        x = x.detach()
         direction = torch.ones_like(x) / x.shape[1] ** 0.5
-        for name, function in (("drift", self.drift), ("g g^T", self.covariance)):
-            try:
-                _, slope = torch.func.jvp(lambda x, function=function: function(x, t), (x,), (direction,))
-            except (RuntimeError, TypeError) as error:
-                raise UserError(f"{name} is not made of torch operations on x: {str(error).splitlines()[0]}") from error
-            there, back = function(x + step * direction, t), function(x - step * direction, t)
-            gap = ((there - back) / (2 * step) - slope).reshape(len(x), -1).abs().amax(1)
-            size = ((there - back) / (2 * step)).reshape(len(x), -1).abs().amax(1)
-            moving = size > 1e-6 * function(x, t).abs().max().clamp_min(1e-12)
-            with torch.enable_grad():
-                followed = function(x.clone().requires_grad_(), t).requires_grad
-            if bool(moving.any()) and (not followed or float((gap > 0.01 * size)[moving].double().mean()) > 0.5):
-                raise UserError(
-                    f"torch does not see how {name} changes with x; expected torch operations on x, not under no_grad, "
-                    "without detach or numpy"
-                )
-        self._differentiable = True
+        try:
+            _, slope = torch.func.jvp(lambda x: function(x, t), (x,), (direction,))
+        except (RuntimeError, TypeError) as error:
+            raise UserError(f"{name} is not made of torch operations on x: {str(error).splitlines()[0]}") from error
+        with torch.enable_grad():
+            followed = function(x.clone().requires_grad_(), t).requires_grad
+        if not any(self._agrees(function, x, t, step * direction, step * slope, followed) for step in STEPS):
+            raise UserError(
+                f"torch does not see how {name} changes with x; expected torch operations on x, not under no_grad, "
+                "without detach or numpy"
+            )
+        self._differentiable.add(name)
+
+    @staticmethod
+    def _agrees(function: Function, x: Tensor, t: Tensor | float, step: Tensor, rise: Tensor, followed: bool) -> bool:
+        """Whether a step changes the function as its derivative says, at most of the points at which it does."""
+        change = (function(x + step, t) - function(x - step, t)) / 2
+        gap, size = (value.reshape(len(x), -1).abs().amax(1) for value in (change - rise, change))
+        moving = size > 1e-6 * float(step.norm(dim=1).max()) * function(x, t).abs().max().clamp_min(1e-12)
+        return not bool(moving.any()) or (followed and float((gap > 0.01 * size)[moving].double().mean()) <= 0.5)
 
     def at_any_time(self, ask: Callable[[Tensor], Found]) -> Found | None:
         """What `ask`, of a time, makes of drift and diffusion, if these do nothing with the time; otherwise None.

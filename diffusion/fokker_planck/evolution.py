@@ -97,7 +97,8 @@ def evolve(
     Raises:
         UserError: the tolerance is not met with MOST_STEPS steps, or is no positive number.
     """
-    if not tolerance > 0 or (steps is not None and steps < 1):
+    numbers = isinstance(tolerance, int | float) and isinstance(steps, int | None)
+    if not numbers or not tolerance > 0 or (steps is not None and steps < 1):
         raise UserError(f"tolerance is {tolerance} and steps is {steps}, expected positive numbers, or no steps")
     states, number, error, total = [state], 0, 0.0, times[-1] - times[0]
     proposed, kept, grow, exponent = total, JUMPS * tolerance, 5.0, 1 / 4 if extrapolate else 1 / 2

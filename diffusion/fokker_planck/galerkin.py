@@ -14,6 +14,7 @@ from diffusion.fokker_planck.evolution import Operator, evolve, mean_over, risin
 from diffusion.fokker_planck.expansion import Expansion, GalerkinSolution
 from diffusion.fokker_planck.gibbs import GibbsRoot
 from diffusion.fokker_planck.laws import Law
+from diffusion.fokker_planck.observables import warn_of_leaps
 from diffusion.fokker_planck.products import Product
 from diffusion.fokker_planck.weak_form import Tilt, WeakOperator, coefficients, plain_tilt
 
@@ -90,7 +91,12 @@ class WeakSolver(ABC):
         solution = GalerkinSolution.of(expansion, tilt, times, evolution, float(steady), errors)
         solution.warn_where_coarse(self._cut_axes(times))
         solution.warn_if_at_walls()
+        self._warn_of_leaps(solution)
         return solution
+
+    @abstractmethod
+    def _warn_of_leaps(self, solution: GalerkinSolution) -> None:
+        """Warn of noise that changes otherwise than its derivatives say, where these are taken."""
 
     def _from_law(self, law: Law, tilt: Tilt, tolerance: float) -> Tensor:
         points, roots = self.product.points, self.product.roots
@@ -218,13 +224,17 @@ class GalerkinSolver(WeakSolver):
             if isinstance(basis, Fourier) and any(self._is_cut(i, basis, time) for time in times + between)
         ]
 
+    def _warn_of_leaps(self, solution: GalerkinSolution) -> None:
+        masses = solution.values.reshape(len(solution.times), -1) * solution.weights.reshape(-1)
+        warn_of_leaps(self.equation, self.product.nodes, float(solution.times[0]), masses, stacklevel=3)
+
     def _is_cut(self, axis: int, basis: Fourier, time: float) -> bool:
         low = self.product.points[:: max(1, len(self.product.points) // 64)].clone()
         high = low.clone()
         low[:, axis], high[:, axis] = basis.low, basis.high
         for function in (self.equation.drift, self.equation.covariance):
-            at_low, at_high = function(low, time), function(high, time)
-            if float((at_low - at_high).abs().max()) > 1e-9 * max(1.0, float(at_low.abs().max())):
+            gap = function(low, time) - function(high, time)
+            if float(gap.abs().max()) > 1e-9 * float(function(self.product.points, time).abs().max()):
                 return True
         return False
 

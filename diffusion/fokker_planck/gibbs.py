@@ -83,6 +83,7 @@ class GibbsRoot:
         x, dim = self._some, self._some.shape[1]
         if dim == 1:
             return
+        self._equation.check_differentiable(x, self._time, drift=True)
         columns = []
         for j in range(dim):
             direction = torch.zeros_like(x)
@@ -90,7 +91,7 @@ class GibbsRoot:
             columns.append(torch.func.jvp(self.slope, (x,), (direction,))[1])
         slopes = torch.stack(columns, 2)
         curl = 2 * float((slopes - slopes.mT).abs().max())
-        if curl > 1e-9 * max(1.0, float(slopes.abs().max())):
+        if curl > 1e-9 * float(slopes.abs().max()):
             raise UserError(
                 f"the drift has no potential: the curl of a^-1 (2 f - div a) is {curl:.3g} somewhere, expected 0; "
                 "take symmetrised=False"

@@ -15,7 +15,14 @@ from diffusion.fokker_planck.evolution import evolve, rising
 from diffusion.fokker_planck.jump_process import JumpProcess, Ledger
 from diffusion.fokker_planck.jumps import Jumps, jumps_at
 from diffusion.fokker_planck.laws import Law
-from diffusion.fokker_planck.observables import current, entropy_production, pairs, warn_if_at_walls, warn_if_coarse
+from diffusion.fokker_planck.observables import (
+    current,
+    entropy_production,
+    pairs,
+    warn_if_at_walls,
+    warn_if_coarse,
+    warn_of_leaps,
+)
 from diffusion.fokker_planck.rates_in_time import RatesInTime
 from diffusion.fokker_planck.stationary import stationary
 
@@ -163,6 +170,8 @@ class GridSolver:
         cells = states[:, :, : box.number]
         jumps = [rates.at(t) for t in (times if rates.changing else times[:1])]
         warn_if_coarse(box, pairs(jumps, cells), stacklevel=2)
+        if any(sum(map(abs, e)) > 1 for e in jumps[0].rates):  # a full matrix
+            warn_of_leaps(self.equation, box.axes, times[0], cells.reshape(-1, box.number), stacklevel=2)
         if len(times) > 1:
             warn_if_at_walls(box, cells, lambda x: self.equation.drift(x, times[-1]), stacklevel=2)
         batch = () if single else (number,)

@@ -2,12 +2,13 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from diffusion.fokker_planck.box import Box
+from diffusion.fokker_planck.equation import FokkerPlanck
 from diffusion.fokker_planck.jumps import Jumps
 
 STEEP = 2.0  # difference of the log density between neighbours at rest, above which a cell is too wide
@@ -15,6 +16,7 @@ STEEP_SHARE = 1e-3  # of the mass, that may be in such cells
 SMALLEST = 1e-300
 ONE_WAY = 300.0  # log of the ratio of jumps there and back
 NEGLIGIBLE = 1e-14  # of the largest flow
+LEAP = 0.05  # of g g^T at both places together, by which the change of it may differ from that of its derivatives
 AT_WALLS = 1e-3  # of the mass
 
 
@@ -54,6 +56,39 @@ def entropy_production(box: Box, jumps: Jumps, mass: Tensor) -> Tensor:
         one_way = (ratio.abs() > ONE_WAY) & (net.abs() > NEGLIGIBLE * net.abs().amax(1, keepdim=True))
         total += torch.where(one_way, math.inf, net * ratio).sum(1)
     return total
+
+
+def warn_of_leaps(equation: FokkerPlanck, axes: Sequence[Tensor], time: float, masses: Tensor, stacklevel: int) -> None:
+    """Warn where g g^T changes between neighbouring places by much more or less than its derivatives there say.
+
+    The Ito term, the divergence of g g^T, is taken from these, and is lost where the noise leaps.
+
+    Args:
+        axes: the places along each coordinate.
+        masses: at the places, (K, n).
+    """
+    shape = [len(axis) for axis in axes]
+    x = torch.cartesian_prod(*axes).reshape(-1, len(shape))
+    leaping = torch.zeros(shape, dtype=torch.bool, device=x.device)
+    for j, axis in enumerate(axes):
+        direction = torch.zeros_like(x)
+        direction[:, j] = 1
+        found = torch.func.jvp(lambda x: equation.covariance(x, time), (x,), (direction,))
+        a, slope = (value.detach().reshape(*shape, -1).movedim(j, 0) for value in found)
+        steps = axis.diff().reshape(-1, *[1] * len(shape))
+        gap = (a.diff(dim=0) - steps * (slope[1:] + slope[:-1]) / 2).abs().amax(-1)
+        leaps = gap > LEAP * (a[1:].abs() + a[:-1].abs()).amax(-1)
+        along = leaping.movedim(j, 0)  # a view
+        along[1:] |= leaps
+        along[:-1] |= leaps
+    shares = masses.abs() @ leaping.reshape(-1).to(masses) / masses.abs().sum(1).clamp_min(SMALLEST)
+    if float(shares.max()) > STEEP_SHARE:
+        warnings.warn(
+            f"the noise leaps: {float(shares.max()):.2g} of the mass is where g g^T changes from one place to the next "
+            "otherwise than its derivatives say, from which its divergence is taken, so that the density may be wrong; "
+            "take more cells or functions, or smoother noise (the grid takes leaps of noise along the axes)",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def warn_if_at_walls(box: Box, masses: Tensor, drift: Callable[[Tensor], Tensor], stacklevel: int) -> None:

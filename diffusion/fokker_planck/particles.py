@@ -138,8 +138,11 @@ class ParticleSolver:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 < self.held_out < 1:
-            raise UserError(f"held_out is {self.held_out}, expected a share between 0 and 1")
+        widths = self.hidden if isinstance(self.hidden, Sequence) else ()
+        if not (1 <= len(widths) <= 2 and all(isinstance(width, int) and width > 0 for width in widths)):
+            raise UserError(f"hidden is {self.hidden!r}, expected the widths of one or two layers")
+        if not (isinstance(self.held_out, int | float) and 0 < self.held_out < 1):
+            raise UserError(f"held_out is {self.held_out!r}, expected a share between 0 and 1")
         if not 0 <= self.memory <= 1:
             raise UserError(f"memory is {self.memory}, expected a share from 0 to 1")
         if self.probes < 1 or self.draws < 1:
@@ -248,6 +251,7 @@ class ParticleSolver:
         equation, none = self.equation, torch.zeros_like(state.x)
         x = state.x.detach().requires_grad_()
         with torch.enable_grad():
+            equation.check_differentiable(x, t, drift=True)
             turning = equation.covariance_divergence(x, t)
             constant = not bool(turning.any())  # a does not depend on x
             still = equation.drift if constant else lambda x, t: equation.velocity(x, t, none)

@@ -10,6 +10,7 @@ from scipy.linalg import solve_continuous_lyapunov
 from torch import Tensor
 
 from diffusion.errors import UserError
+from diffusion.fokker_planck.box import BOUNDARIES
 from diffusion.fokker_planck.equation import FokkerPlanck
 from diffusion.fokker_planck.laws import GaussianMixture, Law, gaussian
 
@@ -35,6 +36,14 @@ class Problem:
     boundary: str = "reflecting"
     law_at: Callable[[float], Law] | None = None
     log_stationary: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self):
+        if self.boundary not in BOUNDARIES:
+            raise UserError(f"the problem has boundary={self.boundary!r}, expected one of {', '.join(BOUNDARIES)}")
+        if not (isinstance(self.horizon, int | float) and 0 < self.horizon < math.inf):
+            raise UserError(f"the problem has horizon={self.horizon!r}, expected a positive number")
+        if not hasattr(self.start, "log_prob"):
+            raise UserError(f"the problem has start={type(self.start).__name__}, expected a law with log_prob, sample")
 
     @property
     def dim(self) -> int:

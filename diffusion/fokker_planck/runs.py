@@ -8,7 +8,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -227,6 +227,11 @@ class Particles(Recipe):
     seed: int = 0
 
     def __call__(self, problem, times):
+        if problem.boundary == "absorbing":
+            raise UserError("the boundary is absorbing, which particles do not see; take solver=grid")
+        known = {option.name for option in fields(ParticleSolver)} - {"equation", "seed"}
+        if unknown := set(self.options) - known:
+            raise UserError(f"unknown options {sorted(unknown)} of ParticleSolver; expected some of {sorted(known)}")
         solver = ParticleSolver(problem.equation, seed=self.seed, **self.options)
         steps = max(1, math.ceil(self.steps / (len(times) - 1)))
         generator = torch.Generator().manual_seed(self.seed)

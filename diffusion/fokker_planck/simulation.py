@@ -183,6 +183,9 @@ def follow(
 ) -> Tensor:
     """See `FokkerPlanck.follow`."""
     times = torch.as_tensor(times, dtype=x.dtype, device=x.device)
+    gaps = times.diff()
+    if not (bool((gaps > 0).all()) or bool((gaps < 0).all())):
+        raise UserError(f"times are {times.tolist()}, expected rising or falling ones")
 
     def velocity(t: Tensor, x: Tensor) -> Tensor:
         return equation.velocity(x, t, score(x, float(t)))

@@ -11,6 +11,8 @@ from diffusion.errors import UserError
 from diffusion.fokker_planck.jump_process import JumpProcess
 
 CLOSED = 1e-11  # what log ratios of rates may sum to, around a loop
+HELD = 5  # cells that are held at most, one after the other
+KEPT = 1e-9  # of what jumps, that may be out of balance
 NEVER = 1e-200  # of the largest rate: cells with jumps so rare, both ways, are not connected
 
 
@@ -29,8 +31,7 @@ def stationary(process: JumpProcess) -> Tensor:
     matrix = _rates(process)
     mass = _gibbs(matrix)
     if mass is None:
-        mass = _null_vector(matrix, matrix.shape[0] // 2)
-        mass = _null_vector(matrix, int(mass.argmax()))
+        mass = _null_vector(matrix)
     return torch.from_numpy(mass).to(process.exit)
 
 
@@ -68,21 +69,43 @@ def _gibbs(matrix: csr_matrix) -> np.ndarray | None:
         entries = matrix.tocoo()
         back = np.asarray(matrix[entries.col, entries.row])[0]
         open_by = np.abs(log[entries.row] - log[entries.col] - np.log(entries.data) + np.log(back))
-        weight = np.exp((log[entries.row] + log[entries.col]) / 2)
-        if not (open_by * weight <= CLOSED).all():
+        # the net flow over the geometric mean of the two rates: 2 sinh(open_by / 2) sqrt(m m')
+        middle = (log[entries.row] + log[entries.col]) / 2
+        flow = np.exp(middle + open_by / 2) - np.exp(middle - open_by / 2)
+        if not (flow <= CLOSED).all():
             return None
     return np.exp(log) / np.exp(log).sum()
 
 
-def _null_vector(matrix: csr_matrix, held: int) -> np.ndarray:
-    """The null vector with the value 1 in the cell `held`, scaled to sum 1."""
-    others = np.delete(np.arange(matrix.shape[0]), held)
+def _null_vector(matrix: csr_matrix) -> np.ndarray:
+    """The null vector, of sum 1.
+
+    One cell is held at 1 and the others follow. Where it has next to no mass that is a step of inverse iteration: what
+    follows is huge and points the right way, but for its sign. Its largest cell is held next.
+
+    Raises:
+        UserError: what is found is not kept by the generator.
+    """
     generator = csc_matrix(matrix - diags(np.asarray(matrix.sum(0))[0]))
-    part = generator[others][:, others]
-    options = {"SymmetricMode": True}
-    factors = splu(csc_matrix(part), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
-    column = -generator[others][:, [held]].toarray()[:, 0]
-    values = factors.solve(column)
-    values += factors.solve(column - part @ values)
-    mass = np.insert(np.maximum(values, 0), held, 1.0)
+    held = matrix.shape[0] // 2
+    for _ in range(HELD):
+        others = np.delete(np.arange(matrix.shape[0]), held)
+        part = generator[others][:, others]
+        options = {"SymmetricMode": True}
+        factors = splu(csc_matrix(part), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
+        column = -generator[others][:, [held]].toarray()[:, 0]
+        values = factors.solve(column)
+        values += factors.solve(column - part @ values)
+        mass = np.insert(values, held, 1.0)
+        mass, before = mass / mass.sum(), held
+        held = int(mass.argmax())
+        if mass[held] <= 2 * mass[before]:
+            break
+    mass = np.maximum(mass, 0)
+    flows = np.abs(generator @ mass).sum() / (matrix @ mass).sum()
+    if not (np.isfinite(flows) and flows <= KEPT):
+        raise UserError(
+            f"the stationary state cannot be found: {flows:.2g} of what jumps is not balanced in the best that was "
+            "found; take more cells, or a domain of which less is empty"
+        )
     return mass / mass.sum()

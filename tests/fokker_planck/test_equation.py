@@ -241,10 +241,28 @@ def _silent_drift(x, t):
 def test_functions_that_torch_cannot_differentiate_are_refused(points, equation, user_error):
     with user_error("torch"):
         equation.check_differentiable(points, 0.0)
+        equation.check_differentiable(points, 0.0, drift=True)
+
+
+def test_functions_in_single_precision_are_differentiated(points):
+    matrix = torch.tensor([[-1.0, 0.5, 0.0], [-0.3, -0.7, 0.2], [0.0, 0.0, -1.0]])
+
+    def wide(x, t):
+        return (1 + 0.1 * x.float().square().sum(1)).sqrt()
+
+    equation = FokkerPlanck(lambda x, t: x.float() @ matrix, wide)
+    equation.check_differentiable(points, 0.0, drift=True)
+    torch.testing.assert_close(equation.covariance_divergence(points, 0.0), 0.2 * points, rtol=1e-5, atol=1e-6)
+
+
+def test_a_drift_that_is_not_differentiated_need_not_be_seen(points):
+    equation = FokkerPlanck(_silent_drift, 1.0)
+    assert equation.velocity(points, 0.0, 0 * points).equal(equation.drift(points, 0.0))
 
 
 def test_kinks_are_no_reason_to_refuse(points):
     FokkerPlanck(lambda x, t: -x.sign() - x.relu(), lambda x, t: 1 + x[:, 0].abs()).check_differentiable(points, 0.0)
+    FokkerPlanck(lambda x, t: -x.sign() - x.relu(), 1.0).check_differentiable(points, 0.0, drift=True)
     FokkerPlanck(lambda x, t: torch.ones_like(x), 1.0).check_differentiable(points, 0.0)
 
 

@@ -38,6 +38,12 @@ def singular():
     GalerkinSolver(equation, Legendre(9, -1.0, 1.0), True).solve(gaussian(0.0, 0.2), [0.0, 1.0])
 
 
+def large():
+    """Drift that turns, in units so large that its curl is a small number."""
+    equation = FokkerPlanck(lambda x, t: torch.stack([x[:, 1] - x[:, 0], -0.2 * x[:, 0] - x[:, 1]], 1), 1.4e5)
+    return GalerkinSolver(equation, [Legendre(24, -7e5, 7e5)] * 2, symmetrised=True)
+
+
 def switched():
     equation = FokkerPlanck(lambda x, t: -x * (1 + t[:, None]), lambda x, t: torch.ones_like(x[:, 0]))
     GalerkinSolver(equation, Hermite(9), True).solve(gaussian(0.0, 0.9), [0.0, 1.0])
@@ -57,6 +63,7 @@ def switched():
         (lambda: plain(OU2).solve(OU2.start, [0.0, 1.0]), "fails for x"),
         (lambda: plain().solve(OU2.start, [0.0, 1.0]), r"log_prob\(x\) fails"),
         (lambda: GalerkinSolver(OU2.equation, [Hermite(8)] * 2, True).solve(OU2.start, [0.0, 1.0]), "curl .* is 4 "),
+        (lambda: large().solve(gaussian(0.0, 7e4, 2), [0.0, 1.0]), "curl"),
         (
             lambda: GalerkinSolver(ratchet().equation, Fourier(25, 0.0, math.tau), True).solve(OU.start, [0.0, 1.0]),
             "jumps by 0.6",
@@ -67,7 +74,7 @@ def switched():
     ],
     ids=[
         "equal-times", "no-times", "tolerance", "steps", "law-shape", "law-empty", "samples-shape", "samples-nan",
-        "dimensions", "law-dimensions", "curl", "jump", "singular", "moving-gibbs", "points",
+        "dimensions", "law-dimensions", "curl", "small-curl", "jump", "singular", "moving-gibbs", "points",
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_with_the_figure(ask, message):

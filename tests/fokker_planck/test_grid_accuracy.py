@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from grid_problems import SHEAR, bent_noise
+from scipy.linalg import solve_continuous_lyapunov
 
 from diffusion.fokker_planck import FokkerPlanck, problems
 from diffusion.fokker_planck.box import Box
@@ -200,6 +201,43 @@ def test_ratchet_out_of_equilibrium(cells):
     torch.testing.assert_close(found.current[0, 0], torch.full_like(exact, current), rtol=0, atol=1e-9)
     production = current * math.tau / 0.5  # force times current over temperature, force 1
     assert float(found.entropy_production) == pytest.approx(production, abs=1e-8)
+
+
+@pytest.mark.parametrize("cells", [256, 600])
+def test_a_cold_ratchet_has_one_current(cells):
+    """Where the way around is nearly closed, one of its two ends holds much more mass than the other."""
+    problem = problems.ratchet(temperature=0.1)
+    found = GridSolver(problem.equation, problem.domain, cells, "periodic").stationary()
+    current = problems.ratchet_stationary(found.grid[0], temperature=0.1)[1]
+    torch.testing.assert_close(found.current, torch.full_like(found.current, current), rtol=0, atol=1e-9)
+    assert float(found.entropy_production) == pytest.approx(current * math.tau / 0.1, rel=1e-6)
+
+
+@pytest.mark.parametrize(("reach", "cells"), [(9.0, 64), (10.0, 96)])
+@pytest.mark.filterwarnings("ignore:the grid is too coarse")
+def test_the_emptiest_cells_do_not_matter_to_what_is_at_rest(reach, cells):
+    problem = problems.ornstein_uhlenbeck(2, turn=1.0)
+    grid = GridSolver(problem.equation, ((-reach, reach),) * 2, cells)
+    found = grid.stationary()
+    exact = grid.box.averages(lambda x: -x.square().sum(1) / 2 - math.log(math.tau))
+    assert float((found.density.reshape(-1) - exact).abs().sum()) * grid.box.volume < 5e-3
+    assert float(found.entropy_production) == pytest.approx(2.0, abs=1e-3)
+
+
+def test_what_is_at_rest_under_correlated_noise():
+    """The entropy production of a linear drift -A x is tr(A^T D^-1 A S) - tr A, with S the covariance at rest."""
+    rate = torch.tensor([[1.0, -0.8], [0.3, 0.6]], dtype=torch.float64)
+    a = torch.tensor([[2.0, 0.9], [0.9, 0.7]], dtype=torch.float64)
+    rest = torch.from_numpy(solve_continuous_lyapunov(rate.numpy(), a.numpy()))
+    exact = float((rate.T @ torch.linalg.inv(a / 2) @ rate @ rest).trace() - rate.trace())
+    root, errors = torch.linalg.cholesky(a), []
+    equation = FokkerPlanck(lambda x, t: -x @ rate.T, lambda x, t: root.expand(len(x), -1, -1))
+    for cells in (48, 96):
+        found = GridSolver(equation, ((-5.0, 5.0),) * 2, cells).stationary()
+        x, mass = torch.cartesian_prod(*found.grid), found.density.reshape(-1) * (10.0 / cells) ** 2
+        assert float((mass @ x).abs().max()) < 1e-9
+        errors.append(abs(float(found.entropy_production) - exact))
+    assert errors[1] < 5e-3 and errors[0] / errors[1] > 3.0
 
 
 def test_current_and_entropy_production_of_a_turn():

@@ -124,6 +124,16 @@ def test_noise_along_a_line_is_named():
     assert float(result.density.min()) >= 0 and float(result.mass_error.max()) < 1e-12
 
 
+@pytest.mark.parametrize(("width", "said"), [(0.003, True), (0.2, False)])
+def test_noise_that_leaps(width, said):
+    root = torch.linalg.cholesky(torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64))
+    equation = FokkerPlanck(lambda x, t: 0 * x, lambda x, t: (1.5 + 0.5 * (x[:, :1] / width).tanh())[:, :, None] * root)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        GridSolver(equation, ((-1, 1), (-1, 1)), 32).solve(torch.full((32, 32), 0.25), [0.0, 0.1])
+    assert ["the noise leaps" in str(warning.message) for warning in caught] == [True] * said
+
+
 def test_drift_that_is_not_finite(user_error):
     equation = FokkerPlanck(lambda x, t: 1 / (x - 0.5).clamp_min(0), lambda x, t: 1.0)
     with user_error("drift", "not finite"):

@@ -1,5 +1,6 @@
 """The command that solves a problem: its figures against what the solvers say, its files, problems of one's own."""
 
+import dataclasses
 import json
 import math
 
@@ -45,6 +46,35 @@ def test_particles_tell_the_divergence_from_the_exact_law():
     run = runs.Particles(600, 20, {"hidden": [16], "draws": 500}, seed=1)(problem, TIMES)
     assert run.picture.shape == (3, 600, 2)
     assert float(run.columns["KL to exact"].abs().max()) < 0.02
+
+
+def test_boundaries_that_a_solver_does_not_have(user_error):
+    problem = problems.ornstein_uhlenbeck()
+    for recipe in (runs.Particles(600), runs.Galerkin()):
+        with user_error("absorbing", "solver=grid"):
+            recipe(dataclasses.replace(problem, boundary="absorbing"), TIMES)
+    with user_error("('absorbing', 'periodic')", "reflecting"):
+        dataclasses.replace(problem, boundary=("absorbing", "periodic"))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["solver.cells=10.5"], "10.5"),
+        (["solver.tolerance=abc"], "abc"),
+        (["solver=galerkin", "solver.order=4.5"], "4.5"),
+        (["solver=particles", "solver.number=abc"], "abc"),
+        (["solver=particles", "solver.options.hidden=5"], "hidden"),
+        (["solver=particles", "+solver.options.nosuch=5"], "nosuch"),
+        (["problem.horizon=null"], "horizon"),
+        (["seed=abc"], "abc"),
+        (["device=foo"], "foo"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_mistakes_end_in_one_line(run, options, named):
+    status, _, err = run("fokker_planck", "frames=2", "animation=false", *options)
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and named in err, err
 
 
 @pytest.mark.parametrize(
