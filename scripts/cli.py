@@ -11,6 +11,8 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import UnionType
+from typing import get_args
 
 import hydra
 import torch
@@ -102,17 +104,20 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split("Config search path")[0].split())
 
 
-def expect(config: DictConfig, **kinds: type) -> None:
-    """Check the types of options that no class checks.
+def expect(config: DictConfig, **kinds: type | UnionType) -> None:
+    """Check the types of options that no class checks; int | None lets null pass.
 
     Raises:
-        UserError: an option has a value of another type; None passes.
+        UserError: an option has a value of another type, or is too large a number.
     """
     for name, kind in kinds.items():
-        value = config[name]
+        allowed, value = get_args(kind) or (kind,), config[name]
         value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        if value is not None and type(value) is not kind and (kind, type(value)) != (float, int):
-            raise UserError(f"{name} is {value!r}, expected a value of type {kind.__name__}")
+        if type(value) not in (*allowed, *([int] if float in allowed else [])):
+            shown = "null" if value is None else repr(value)
+            raise UserError(f"{name} is {shown}, expected a value of type {allowed[0].__name__}")
+        if type(value) is int and abs(value) >= 2**63:
+            raise UserError(f"{name} is {value}, expected a number below 2^63")
 
 
 def build(config: DictConfig, **extra):

@@ -19,7 +19,7 @@ HELD_OUT = 2000  # points, at most, beside which memorisation is measured
 
 @command("flow")
 def main(config: DictConfig) -> None:
-    expect(config, seed=int, num_particles=int, num_data=int, frames=int, animation=bool)
+    expect(config, seed=int, num_particles=int, num_data=int | None, frames=int, animation=bool)
     for name in ("num_particles", "num_data"):
         if config[name] is not None and config[name] < 1:
             raise UserError(f"{name} is {config[name]}, expected 1 or more")

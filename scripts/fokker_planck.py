@@ -14,7 +14,7 @@ from diffusion.fokker_planck.problems import Problem
 @command("fokker_planck")
 def main(config: DictConfig) -> None:
     expect(config, frames=int, animation=bool, seed=int)
-    kinds = {"tolerance": float, "order": int, "symmetrised": bool, "number": int, "steps": int, "options": dict}
+    kinds = {"tolerance": float, "order": int | None, "symmetrised": bool, "number": int, "steps": int, "options": dict}
     expect(config.solver, **{name: kind for name, kind in kinds.items() if name in config.solver})
     devices.pick(config.device)
     if config.frames < 2:

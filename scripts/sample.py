@@ -8,7 +8,7 @@ from diffusion.plotting import save_samples
 
 @command("sample")
 def main(config: DictConfig) -> None:
-    expect(config, seed=int, num_samples=int, batch_size=int, compile=bool, label=int)
+    expect(config, seed=int, num_samples=int, batch_size=int, compile=bool, label=int | None)
     generator, sampler = load(config)
     samples, evaluations = draw(generator, sampler, config.num_samples, config.seed, config.label, config.batch_size)
     picture = save_samples(samples, run_folder())

@@ -16,10 +16,7 @@ from diffusion.samplers.base import state_dtype
 
 @command("tune")
 def main(config: DictConfig) -> None:
-    expect(config, nfe=int, trajectories=int, rounds=int, seed=int, denoise=bool)
-    missing = [name for name in ("nfe", "rounds", "seed") if config[name] is None]
-    if missing:
-        raise UserError(f"{missing[0]} is null, expected a number")
+    expect(config, nfe=int, trajectories=int | None, rounds=int, seed=int, denoise=bool)
     generator = Generator.load(config.checkpoint, devices.pick(config.device), config.trust)
     if not os.access(config.checkpoint, os.W_OK):
         raise UserError(f"checkpoint {config.checkpoint} cannot be written to, and what is found is kept there")

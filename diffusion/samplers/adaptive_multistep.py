@@ -12,12 +12,12 @@ from diffusion.adaptive_adams import Arrived, integrate, root_mean_square
 from diffusion.conditions import of_points
 from diffusion.errors import UserError
 from diffusion.samplers.arc import Arc, data_std, noise_scales
-from diffusion.samplers.base import Model, Randomness, Sampler, state_dtype, whole
+from diffusion.samplers.base import Model, Randomness, Sampler, shaped, started, whole
 from diffusion.samplers.clock import Clock
+from diffusion.samplers.on_arc import compare
 
 BAND, SCALE = (0.2, 3.0), 1.0  # of the clock and the arc, in std of the data, by measurement in 2 and 64 dimensions
 
-MEASURED, FAR = 16, 5.0  # samples whose std is compared to the one that steps were made for; ratio that warns
 LARGEST = 0.01  # correction by the corrector, of x / radius, whatever the tolerance
 
 
@@ -59,7 +59,7 @@ class AdaptiveMultistep(Sampler):
     @torch.no_grad()
     def __call__(self, model: Model, x_T: Tensor, generator: Randomness = None, **conditions: Any) -> Tensor:
         """Conditions that are tensors (B, ...) go with their samples, as labels do; others are for all."""
-        start, shape, field = x_T.to(state_dtype(x_T.device)), x_T.shape, model.field
+        start, shape, field = started(x_T), x_T.shape, model.field
         std, noise = self.std or data_std(model), noise_scales(model.field, start)
         clock = Clock.of_noise(field, tuple(level * std for level in BAND), noise)
 
@@ -69,7 +69,8 @@ class AdaptiveMultistep(Sampler):
         def velocity(x: Tensor, t: Tensor, index: Tensor) -> Tensor:
             """(b, n) at `x` (b, n) and the times `t` (b, 1)."""
             some = of_points(conditions, index, len(start))
-            value = model.velocity(x.view(-1, *shape[1:]), t[:, 0].to(x), **some).to(x).flatten(1)
+            x = x.view(-1, *shape[1:])
+            value = shaped(model.velocity(x, t[:, 0].to(x), **some), "velocity", x).to(x).flatten(1)
             bad = (~value.isfinite()).any(1).nonzero()[:, 0].cpu()
             if len(bad):
                 raise UserError(
@@ -98,17 +99,9 @@ class AdaptiveMultistep(Sampler):
         x = arrived.y * places(t, everyone).radius.to(start)
         value, x = velocity(x, t, everyone).view(shape), x.view(shape)
         x_0 = field.endpoint(x, t[:, 0].to(x), value)
-        if len(start) >= MEASURED and bool((arrived.u == 1).all()):
-            self._compare(float((x_0 - x_0.mean(0)).square().mean().sqrt()), std)
+        if bool((arrived.u == 1).all()):
+            compare(x_0, std, stacklevel=3)
         return x_0.to(x_T.dtype)
-
-    def _compare(self, found: float, std: float) -> None:
-        if not std / FAR < found < FAR * std:
-            warnings.warn(
-                f"the samples have a std of {found:.3g} and the steps were made for {std:.3g}, so that they may be "
-                "inaccurate; give the sampler std=..., or the model data_std",
-                stacklevel=4,
-            )
 
     def _warn(self, arrived: Arrived, t: Tensor) -> None:
         short = (arrived.u < 1).nonzero()[:, 0]

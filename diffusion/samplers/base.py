@@ -85,6 +85,34 @@ class Sampler(ABC):
         """
 
 
+def shaped(value: object, name: str, x: Tensor) -> Tensor:
+    """`value` (B, *shape) itself, of a model asked at `x` (B, *shape).
+
+    Raises:
+        UserError: it is no tensor, or of another shape.
+    """
+    if not isinstance(value, Tensor) or value.shape != x.shape:
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+        raise UserError(
+            f"{name}(x, t) of the model has {found} for x of shape {tuple(x.shape)}, expected a tensor like x"
+        )
+    return value
+
+
+def started(x_T: Tensor) -> Tensor:
+    """Prior draws in the precision of states.
+
+    Raises:
+        UserError: they are no batch of floating-point points.
+    """
+    if x_T.dim() < 2 or len(x_T) == 0 or not x_T.is_floating_point():
+        raise UserError(
+            f"x_T has shape {tuple(x_T.shape)} and type {x_T.dtype}, expected (B, *shape) with B at least 1, "
+            "floating-point"
+        )
+    return x_T.to(state_dtype(x_T.device))
+
+
 def finite(value: Tensor, name: str, t: Tensor | float) -> Tensor:
     """`value` (B, *shape) itself.
 
@@ -128,7 +156,7 @@ class Evaluations:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         t = t.to(x).expand(len(x))
-        velocity = self.model.velocity(x, t, **self.conditions)
+        velocity = shaped(self.model.velocity(x, t, **self.conditions), "velocity", x)
         self.finite.append(torch.isfinite(velocity).flatten(1).all(1))
         self.times.append(t)
         return velocity
@@ -150,7 +178,7 @@ class ODESampler(Sampler):
     @torch.no_grad()
     def __call__(self, model: Model, x_T: Tensor, generator: Randomness = None, **conditions: Any) -> Tensor:
         velocity = Evaluations(model, conditions)
-        x_0 = self.solve(velocity, x_T.to(state_dtype(x_T.device)), model)
+        x_0 = self.solve(velocity, started(x_T), model)
         return velocity.outcome(x_0).checked().to(x_T.dtype)
 
 

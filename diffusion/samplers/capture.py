@@ -17,7 +17,7 @@ from diffusion.samplers.base import (
     PlannedSampler,
     Randomness,
     Sampler,
-    state_dtype,
+    started,
 )
 
 Loop = Callable[[], Outcome]
@@ -86,7 +86,7 @@ class Captured(Sampler):
         Raises:
             UserError: a condition is, or holds, neither tensor, number nor text, so that a change would go unnoticed.
         """
-        number, x = len(x_T), x_T.to(state_dtype(x_T.device))
+        number, x = len(x_T), started(x_T)
         conditions = tree_map_only(Tensor, lambda value: value.to(x.device), conditions)
         kind = _kind(x, conditions)
         if known := model is self._model and kind == self._kind and number <= self._size:

@@ -39,9 +39,9 @@ class Clock:
         return tuple(((t + self.high) / (t + self.low)).log() for t in (self.field.horizon, self.field.t_min))
 
     def times(self, u: Tensor) -> Tensor:
-        """(rows, n) at u, 0-dimensional or (rows, n)."""
+        """(rows, n) at u, 0-dimensional or (rows, n); beyond 0 and 1 those at the ends."""
         first, last = self._ends()
-        ratio = (first + u * (last - first)).exp()
+        ratio = (first + u.clamp(0, 1) * (last - first)).exp()
         return ((self.high - ratio * self.low) / (ratio - 1)).clamp(self.field.t_min, self.field.horizon)
 
     def rate(self, t: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.fields import AffineField, Field, conversions
-from diffusion.samplers.base import finite
+from diffusion.samplers.base import finite, shaped
 from diffusion.samplers.scores import Motion, gaussian, motion
 
 Noise = float | Callable[[Tensor], Tensor]
@@ -90,12 +90,12 @@ class Frame(ABC):
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """f_t(x), checked."""
-        return finite(self.model.velocity(x, t.expand(len(x)), **self.conditions), "velocity", t)
+        return finite(shaped(self.model.velocity(x, t.expand(len(x)), **self.conditions), "velocity", x), "velocity", t)
 
     def motion(self, x: Tensor, t: Tensor) -> Motion:
         """f_t(x) and the score, checked."""
         velocity, score = motion(self.model, x, t.expand(len(x)), **self.conditions)
-        return Motion(finite(velocity, "velocity", t), finite(score, "score", t))
+        return Motion(*(finite(shaped(v, name, x), name, t) for v, name in ((velocity, "velocity"), (score, "score"))))
 
     @abstractmethod
     def log_level(self, t: Tensor) -> Tensor:
@@ -131,7 +131,11 @@ class Frame(ABC):
         half = (log_t[:-1] - log_t[1:]) / 2
         t = (log_t[1:, None] + half[:, None] * (1 + nodes)).exp().flatten()
         if callable(noise):
-            g = noise(t)
+            try:
+                g = noise(t)
+            except (TypeError, ValueError, RuntimeError) as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise UserError(f"noise g(t) fails for a tensor t, expected torch operations: {reason}") from error
             if not isinstance(g, Tensor) or g.shape != t.shape:
                 raise UserError(f"noise g(t) gives {type(g).__name__} for a tensor of times, expected a tensor like t")
             bad = ~(g.isfinite() & (g >= 0))

@@ -30,10 +30,12 @@ class PowerGrid(Grid):
 
     rho: float | None = None
 
+    def __post_init__(self):
+        if self.rho is not None and not (isinstance(self.rho, int | float) and 0 < self.rho < math.inf):
+            raise UserError(f"PowerGrid has rho={self.rho!r}, expected a positive number, such as 7, or None")
+
     def __call__(self, field: Field, points: int) -> Tensor:
         rho = field.rho if self.rho is None else self.rho
-        if not rho > 0:
-            raise UserError(f"PowerGrid has rho={rho}, expected a positive number, such as 7, or None")
         first, last = field.horizon ** (1 / rho), field.t_min ** (1 / rho)
         times = torch.linspace(first, last, points, dtype=torch.float64) ** rho
         times[-1], times[0] = field.t_min, field.horizon
@@ -46,10 +48,11 @@ class SigmaGrid(Grid):
 
     rho: float = 7.0
 
-    def __call__(self, field: Field, points: int) -> Tensor:
-        if not self.rho > 0:
-            raise UserError(f"SigmaGrid has rho={self.rho}, expected a positive number, such as 7")
+    def __post_init__(self):
+        if not (isinstance(self.rho, int | float) and 0 < self.rho < math.inf):
+            raise UserError(f"SigmaGrid has rho={self.rho!r}, expected a positive number, such as 7")
 
+    def __call__(self, field: Field, points: int) -> Tensor:
         def clock(t: Tensor) -> Tensor:
             return coefficients(field, t)[1] ** (1 / self.rho)
 
@@ -66,6 +69,10 @@ class LogSNRGrid(Grid):
     """
 
     largest: float = 100.0
+
+    def __post_init__(self):
+        if not (isinstance(self.largest, int | float) and 0 < self.largest < math.inf):
+            raise UserError(f"LogSNRGrid has largest={self.largest!r}, expected a positive number, such as 100")
 
     def __call__(self, field: Field, points: int) -> Tensor:
         def clock(t: Tensor) -> Tensor:

@@ -72,6 +72,10 @@ class Multistep(OnArc):
     def __post_init__(self):
         super().__post_init__()
         whole(self.steps, "steps", 1)
+        if not isinstance(self.corrector, bool) or not isinstance(self.denoise, bool):
+            raise UserError(
+                f"sampler has corrector={self.corrector!r} and denoise={self.denoise!r}, expected true or false"
+            )
         if self.order is not None:
             whole(self.order, "order", 1)
         if self.order not in (None, 1, 2, 3, 4):
@@ -81,7 +85,9 @@ class Multistep(OnArc):
                 shapes = [tuple(map(len, pair)) for pair in self.factors]
             except TypeError:
                 shapes = None
-            if shapes != self.shapes():
+            if shapes != self.shapes() or not all(
+                isinstance(f, int | float) for pair in self.factors for w in pair for f in w
+            ):
                 raise UserError(
                     f"sampler has factors that do not fit, expected as many as it has weights: {self.shapes()}"
                 )

@@ -1,6 +1,7 @@
 """What samplers that work on the arc share: its scale, and the grid that suits it."""
 
 import functools
+import warnings
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,7 +17,19 @@ from diffusion.samplers.grids import BandGrid, Grid
 SCALE = 0.6  # of the arc, in units of the std of the data, found by measurement on mixtures of 2 and 64 dimensions
 FINEST = 0.16  # size of the finest structure of the data, in units of their std
 HIDING = 20  # coordinates from which on radii hide noise of unknown scale, found by measurement from 2 to 192
+MEASURED, FAR = 16, 5.0  # samples whose std is compared to the one that steps were made for; ratio that warns
 LOOKS, BENT = 32, 0.01  # lines of a field that are looked at, at as many times; relative turn that counts as a bend
+
+
+def compare(x_0: Tensor, std: float, stacklevel: int) -> None:
+    """Warn where samples (B, *shape) are of another scale than the one that steps were made for."""
+    found = float((x_0 - x_0.mean(0)).square().mean().sqrt())
+    if len(x_0) >= MEASURED and not std / FAR < found < FAR * std:
+        warnings.warn(
+            f"the samples have a std of {found:.3g} and the steps were made for {std:.3g}, so that they may be "
+            "inaccurate; give the sampler std=..., or the model data_std",
+            stacklevel=stacklevel + 1,
+        )
 
 
 class Lines(NamedTuple):
@@ -77,6 +90,13 @@ class OnArc(PlannedSampler):
     def __post_init__(self):
         if self.std is not None and not self.std > 0:
             raise UserError(f"sampler has std={self.std}, expected a positive number, or null")
+        if self.grid is not None and not isinstance(self.grid, Grid):
+            raise UserError(f"sampler has grid={self.grid!r}, expected a grid, such as BandGrid, or null")
+
+    def __call__(self, model, x_T, generator=None, **conditions):
+        x_0 = super().__call__(model, x_T, generator, **conditions)
+        compare(x_0, self.data_std(model), stacklevel=2)
+        return x_0
 
     def data_std(self, model: Model) -> float:
         return self.std or data_std(model)

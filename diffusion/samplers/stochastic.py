@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.fields import AffineField, Field
-from diffusion.samplers.base import Model, Randomness, Sampler, finite, state_dtype, whole
+from diffusion.samplers.base import Model, Randomness, Sampler, started, state_dtype, whole
 from diffusion.samplers.frames import AffineFrame, Frame, Noise, PlainFrame
 from diffusion.samplers.grids import Grid, PowerGrid
 
@@ -85,12 +85,11 @@ class StochasticSampler(Sampler):
 
     @torch.no_grad()
     def __call__(self, model: Model, x_T: Tensor, generator: Randomness = None, **conditions: Any) -> Tensor:
-        x = x_T.to(state_dtype(x_T.device))
+        x = started(x_T)
         frame = (AffineFrame if isinstance(model.field, AffineField) else PlainFrame)(model, x, conditions)
         x = self.integrate(frame, x, self.grid(model.field, self.steps), Draws(generator))
         t_min = torch.tensor(model.field.t_min, dtype=x.dtype, device=x.device)
-        velocity = finite(model.velocity(x, t_min.expand(len(x)), **conditions), "velocity", t_min)
-        return model.field.endpoint(x, t_min, velocity).to(x_T.dtype)
+        return model.field.endpoint(x, t_min, frame.velocity(x, t_min)).to(x_T.dtype)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from diffusion.samplers.grids import BandGrid
 from diffusion.samplers.multistep import Multistep
 
 FILE = "tuned.yaml"
+ENTRY = {"sampler", "error", "default_error"}
 REFERENCE = Multistep(steps=128)
 FEW = 10  # evaluations up to which the weights too are tuned: what that costs grows with the square of the evaluations
 RESIDUALS = 1024  # coordinates of all trajectories together, at least
@@ -235,13 +236,19 @@ def tuned_sampler(checkpoint: str | Path, nfe: int) -> Multistep:
             f"checkpoint={checkpoint} nfe={nfe}"
         )
     try:
-        options = dict(entries[nfe]["sampler"])
+        found = entries[nfe]
+        if not set(found) >= ENTRY:
+            raise ValueError("it is not complete")
+        options = dict(found["sampler"])
         grid = options.pop("grid")
         if grid is not None:
             grid = BandGrid(grid["low"], grid["high"], tuple(grid["shares"]))
         if options.get("factors") is not None:
             options["factors"] = tuple(tuple(map(tuple, pair)) for pair in options["factors"])
-        return Multistep(**options, grid=grid)
+        sampler = Multistep(**options, grid=grid)
+        if sampler.steps != nfe or (grid is not None and len(grid.shares) != nfe + 1):
+            raise ValueError(f"it has {sampler.steps} steps for {nfe} evaluations")
+        return sampler
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run scripts/tune.py again") from error
 

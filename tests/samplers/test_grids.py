@@ -66,3 +66,10 @@ def test_rho_is_positive(rho, user_error):
 def test_shares_rise_from_0_to_1(shares, user_error):
     with user_error("shares=", "rising from 0 to 1"):
         BandGrid(0.1, 5.0, shares)
+
+
+@pytest.mark.parametrize("build", [LogSNRGrid, PowerGrid, SigmaGrid])
+@pytest.mark.parametrize("value", [0, -1.0, "abc", float("inf")])
+def test_numbers_that_no_grid_has(build, value, user_error):
+    with user_error(build.__name__, value):
+        build(value)

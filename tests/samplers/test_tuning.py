@@ -317,6 +317,34 @@ def test_a_checkpoint_that_is_not_tuned(tmp_path, user_error):
         tuned_sampler(tmp_path, 8)
 
 
+def test_a_file_that_was_cut_short_is_no_other_sampler(tmp_path):
+    """Wherever it ends, it is refused, unless all that the sampler is made of is there."""
+    found = replace(SAMPLER, factors=tuple(tuple((0.5,) * n for n in pair) for pair in SAMPLER.shapes()))
+    store_tuned(tmp_path, Tuned(found, 0.01, 0.02))
+    path = tmp_path / "tuned.yaml"
+    text, read = path.read_text(), 0
+    for end in range(len(text)):
+        path.write_text(text[:end])
+        try:
+            assert tuned_sampler(tmp_path, 4) == found
+            read += 1
+        except UserError:
+            pass
+    assert read < 20
+
+
+@pytest.mark.parametrize(
+    "change", [("steps: 4", "steps: 7"), ("denoise: false", "denoise: f"), ("- 0.2\n", "")], ids=lambda c: c[0]
+)
+def test_a_file_that_does_not_fit_is_named(tmp_path, change, user_error):
+    store_tuned(tmp_path, Tuned(SAMPLER, 0.01, 0.02))
+    path = tmp_path / "tuned.yaml"
+    assert change[0] in path.read_text()
+    path.write_text(path.read_text().replace(*change))
+    with user_error("tuned.yaml", "delete it"):
+        tuned_sampler(tmp_path, 4)
+
+
 @pytest.mark.parametrize("content", ["{", "[1, 2]", "4: {sampler: {steps: 4}}", "4: 7", "4: {sampler: 5}"])
 def test_a_damaged_file_is_named(tmp_path, content, user_error):
     (tmp_path / "tuned.yaml").write_text(content)
