@@ -11,7 +11,6 @@ from diffusion.errors import UserError
 from diffusion.fokker_planck.jump_process import JumpProcess
 
 CLOSED = 1e-11  # what log ratios of rates may sum to, around a loop
-HELD = 5  # cells that are held at most, one after the other
 KEPT = 1e-9  # of what jumps, that may be out of balance
 NEVER = 1e-200  # of the largest rate: cells with jumps so rare, both ways, are not connected
 
@@ -81,31 +80,29 @@ def _null_vector(matrix: csr_matrix) -> np.ndarray:
     """The null vector, of sum 1.
 
     One cell is held at 1 and the others follow. Where it has next to no mass that is a step of inverse iteration: what
-    follows is huge and points the right way, but for its sign. Its largest cell is held next.
+    follows is huge and points the right way, but for its sign. The second time it is the cell with the most.
 
     Raises:
         UserError: what is found is not kept by the generator.
     """
-    generator = csc_matrix(matrix - diags(np.asarray(matrix.sum(0))[0]))
-    held = matrix.shape[0] // 2
-    for _ in range(HELD):
+    generator, held, unbalanced = csc_matrix(matrix - diags(np.asarray(matrix.sum(0))[0])), matrix.shape[0] // 2, 1.0
+    for _ in range(2):
         others = np.delete(np.arange(matrix.shape[0]), held)
         part = generator[others][:, others]
         options = {"SymmetricMode": True}
-        factors = splu(csc_matrix(part), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
+        try:
+            factors = splu(csc_matrix(part), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=options)
+        except RuntimeError:  # exactly singular
+            break
         column = -generator[others][:, [held]].toarray()[:, 0]
         values = factors.solve(column)
         values += factors.solve(column - part @ values)
         mass = np.insert(values, held, 1.0)
-        mass, before = mass / mass.sum(), held
-        held = int(mass.argmax())
-        if mass[held] <= 2 * mass[before]:
-            break
-    mass = np.maximum(mass, 0)
-    flows = np.abs(generator @ mass).sum() / (matrix @ mass).sum()
-    if not (np.isfinite(flows) and flows <= KEPT):
+        mass = np.maximum(mass / mass.sum(), 0)
+        held, unbalanced = int(mass.argmax()), np.abs(generator @ mass).sum() / (matrix @ mass).sum()
+    if not unbalanced <= KEPT:
         raise UserError(
-            f"the stationary state cannot be found: {flows:.2g} of what jumps is not balanced in the best that was "
-            "found; take more cells, or a domain of which less is empty"
+            f"the stationary state cannot be found: {unbalanced:.2g} of what jumps is not balanced in the best that "
+            "was found; take a domain of which less is empty, or more cells"
         )
     return mass / mass.sum()
