@@ -134,6 +134,12 @@ def test_noise_that_leaps(width, said):
     assert ["the noise leaps" in str(warning.message) for warning in caught] == [True] * said
 
 
+def test_full_noise_that_does_not_change_need_not_be_made_of_torch():
+    root = torch.linalg.cholesky(torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64))
+    equation = FokkerPlanck(lambda x, t: -x, lambda x, t: torch.from_numpy(root.expand(len(x.numpy()), -1, -1).numpy()))
+    GridSolver(equation, ((-4, 4), (-4, 4)), 16).solve(problems.gaussian([0.0, 0.0], 0.8), [0.0, 0.1])
+
+
 def test_drift_that_is_not_finite(user_error):
     equation = FokkerPlanck(lambda x, t: 1 / (x - 0.5).clamp_min(0), lambda x, t: 1.0)
     with user_error("drift", "not finite"):
