@@ -131,13 +131,13 @@ def test_noise_that_leaps(width, said):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         GridSolver(equation, ((-1, 1), (-1, 1)), 32).solve(torch.full((32, 32), 0.25), [0.0, 0.1])
-    assert ["the noise leaps" in str(warning.message) for warning in caught] == [True] * said
+    assert sum("the noise leaps" in str(warning.message) for warning in caught) == said
 
 
 def test_full_noise_that_does_not_change_need_not_be_made_of_torch():
     root = torch.linalg.cholesky(torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64))
     equation = FokkerPlanck(lambda x, t: -x, lambda x, t: torch.from_numpy(root.expand(len(x.numpy()), -1, -1).numpy()))
-    GridSolver(equation, ((-4, 4), (-4, 4)), 16).solve(problems.gaussian([0.0, 0.0], 0.8), [0.0, 0.1])
+    GridSolver(equation, ((-4, 4), (-4, 4)), 16).solve(problems.gaussian([0.0, 0.0], 0.7), [0.0, 0.1])
 
 
 def test_drift_that_is_not_finite(user_error):
