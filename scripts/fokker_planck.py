@@ -16,7 +16,7 @@ def main(config: DictConfig) -> None:
     expect(config, frames=int, animation=bool, seed=int)
     kinds = {"tolerance": float, "order": int | None, "symmetrised": bool, "number": int, "steps": int, "options": dict}
     expect(config.solver, **{name: kind for name, kind in kinds.items() if name in config.solver})
-    devices.pick(config.device)
+    config.device = str(devices.pick(config.device))
     if config.frames < 2:
         raise UserError(f"frames is {config.frames}, expected at least 2, the first and the last time")
     problem = build(config.problem)
