@@ -165,7 +165,7 @@ class _Matrix:
         least = THINNEST * largest + drift.norm(dim=1, keepdim=True) * (largest <= 0) / STEEPEST + TINY
         if bool((values >= least).all()):
             return half, 0.0
-        share = float(((least - values).clamp_min(0) / largest.clamp_min(TINY)).max())
+        share = min(1.0, float(((least - values).clamp_min(0) / largest.clamp_min(TINY)).max()))
         return (vectors * torch.maximum(values, least)[:, None]) @ vectors.mT, share
 
     def between(self, e: Offset, ends: Tensor) -> Tensor:
