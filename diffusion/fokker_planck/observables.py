@@ -16,6 +16,7 @@ STEEP_SHARE = 1e-3  # of the mass, that may be in such cells
 SMALLEST = 1e-300
 ONE_WAY = 300.0  # log of the ratio of jumps there and back
 NEGLIGIBLE = 1e-14  # of the largest flow
+NOISELESS = 50.0  # times as many cells as there are, above which it is no use to ask for them
 LEAP = 0.05  # of g g^T at both places together, by which the change of it may differ from that of its derivatives
 AT_WALLS = 1e-3  # of the mass
 
@@ -154,8 +155,12 @@ def warn_if_coarse(box: Box, each: list[tuple[Jumps, Tensor]], stacklevel: int) 
                 factors[axis] = max(factors[axis], float(change[order[min(least, box.number - 1)]]) / STEEP)
     if worst > 0:
         needed = [math.ceil(n * factor) for n, factor in zip(box.cells, factors, strict=True)]
+        still = [axis for axis, factor in enumerate(factors) if factor > NOISELESS]
+        advice = f"about {needed} cells would do"
+        if still:
+            advice = f"there is next to no noise along coordinates {still}, where the grid is of first order at best"
         warnings.warn(
             f"the grid is too coarse for the drift: {worst:.2g} of the mass is in cells across which the density at "
-            f"rest would change by a factor of more than exp({STEEP:g}); about {needed} cells would do",
+            f"rest would change by a factor of more than exp({STEEP:g}); {advice}",
             stacklevel=stacklevel + 1,
         )

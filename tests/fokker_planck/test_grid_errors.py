@@ -140,6 +140,15 @@ def test_full_noise_that_does_not_change_need_not_be_made_of_torch():
     GridSolver(equation, ((-4, 4), (-4, 4)), 16).solve(problems.gaussian([0.0, 0.0], 0.7), [0.0, 0.1])
 
 
+def test_a_coordinate_without_noise_is_named():
+    equation = FokkerPlanck(
+        lambda x, t: torch.stack([x[:, 1], -x[:, 0] - x[:, 1]], 1),
+        lambda x, t: torch.tensor([0.0, 2**0.5], dtype=x.dtype).expand(len(x), 2),
+    )
+    with pytest.warns(UserWarning, match=r"no noise along coordinates \[0\], where the grid is of first order"):
+        GridSolver(equation, ((-5, 5), (-5, 5)), 48).solve(problems.gaussian([0.0, 0.0], 0.8), [0.0, 0.1])
+
+
 def test_drift_that_is_not_finite(user_error):
     equation = FokkerPlanck(lambda x, t: 1 / (x - 0.5).clamp_min(0), lambda x, t: 1.0)
     with user_error("drift", "not finite"):
