@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,3 +65,12 @@ def test_averages_of_a_polynomial(at_once, monkeypatch):
     edges = torch.linspace(0, 1, 4, dtype=torch.float64), torch.linspace(1, 2, 5, dtype=torch.float64)
     exact = torch.outer((edges[0] ** 6).diff() / 6 * 3, (edges[1] ** 5).diff() / 5 * 4)
     torch.testing.assert_close(means, exact, rtol=1e-13, atol=0)
+
+
+def test_numbers_of_cells(user_error):
+    assert Box([(0, 1)], np.int64(5)).cells == Box([(0, 1)], torch.tensor([5])).cells == (5,)
+    for cells in (5.0, [5.5], "abc"):
+        with user_error(repr(cells), "whole numbers"):
+            Box([(0, 1)], cells)
+    with user_error("(-5, 5)", "each coordinate"):
+        Box((-5, 5), 5)

@@ -272,3 +272,10 @@ def test_numbers_and_whole_numbers(points, user_error):
         FokkerPlanck(1.0, 1.0)
     with user_error("torch.int64", "floating-point"):
         FokkerPlanck(lambda x, t: -x, 1.0).drift(torch.ones(3, 2, dtype=torch.int64), 0.0)
+
+
+@pytest.mark.parametrize("times", [[0.0, 1.0, 0.5], [0.0, 0.0]])
+def test_the_flow_goes_one_way(times, points, user_error):
+    equation = FokkerPlanck(lambda x, t: -x, 1.0)
+    with user_error("times", "rising or falling"):
+        equation.follow(points, times, lambda x, t: -x)

@@ -211,3 +211,20 @@ def test_the_bound_of_a_spectrum_is_above_it():
         top = float(torch.linalg.eigvalsh(matrix)[-1])
         bound = largest(lambda u, m=matrix: -u @ m, torch.zeros(1, 80, dtype=torch.float64))
         assert top <= bound < 1.5 * top
+
+
+@pytest.mark.parametrize("unit", [1e-10, 1.0, 1e5])
+def test_ends_that_differ_are_seen_in_any_unit(unit):
+    equation = FokkerPlanck(lambda x, t: 1.5 * unit - x, 2**0.5 * unit)
+    solver = GalerkinSolver(equation, Fourier(65, -4 * unit, 4 * unit))
+    with pytest.warns(UserWarning, match="differ at the ends of axis 0"):
+        solver.solve(gaussian(0.0, 0.4 * unit), [0.0, 3.0])
+
+
+@pytest.mark.parametrize(("width", "said"), [(1e-3, True), (0.3, False)])
+def test_noise_that_leaps(width, said):
+    equation = FokkerPlanck(lambda x, t: 0 * x, lambda x, t: 1.5 + 0.5 * (x / width).tanh())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        GalerkinSolver(equation, Legendre(64, -1.0, 1.0)).solve(gaussian(0.0, 0.12), [0.0, 0.1])
+    assert sum("the noise leaps" in str(warning.message) for warning in caught) == said

@@ -170,3 +170,23 @@ def test_selling(dim):
         used += rho > 0
     torch.testing.assert_close(total, matrices, rtol=1e-11, atol=1e-11)
     assert int(used.max()) <= dim * (dim + 1) // 2
+
+
+def test_a_law_beyond_a_period(user_error):
+    grid = GridSolver(FokkerPlanck(lambda x, t: 0 * x, 1.0), [(0.0, 1.0)], 64, "periodic")
+    with user_error("the mass 0.", "fold the law into the periodic domain"):
+        grid.solve(problems.gaussian(0.05, 0.1), [0.0, 0.1])
+
+
+def test_a_state_that_is_not_kept_is_no_answer(monkeypatch, user_error):
+    monkeypatch.setattr("diffusion.fokker_planck.stationary.KEPT", -1.0)
+    problem = problems.ornstein_uhlenbeck(2, turn=1.0)
+    with user_error("cannot be found", "not balanced"):
+        GridSolver(problem.equation, ((-5, 5), (-5, 5)), 32).stationary()
+
+
+def test_full_noise_that_vanishes_has_at_most_all_of_itself_added():
+    root = torch.linalg.cholesky(torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64))
+    equation = FokkerPlanck(lambda x, t: -x, lambda x, t: x[:, :1].clamp_min(0)[:, :, None] * root)
+    with pytest.warns(UserWarning, match=r"up to 1 of its largest eigenvalue"):
+        GridSolver(equation, ((-4, 4), (-4, 4)), 16).solve(problems.gaussian([0.5, 0.0], 0.6), [0.0, 0.01])

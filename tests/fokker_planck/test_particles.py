@@ -337,3 +337,9 @@ def test_the_step_warning_grows_with_the_dimension():
     for error, astray, dim in ((0.11, 0.0, 1), (0.11, 0.0, 10), (0.55, 0.0, 50), (0.0, 0.11, 50), (0.0, math.nan, 1)):
         with pytest.warns(RuntimeWarning, match="take 20 or more"):
             warn_of_steps(error, astray, 1.0, 10, dim)
+
+
+def test_a_drift_that_torch_cannot_differentiate_is_refused(user_error):
+    equation = FokkerPlanck(lambda x, t: -x.detach(), 1.0)
+    with user_error("torch does not see how drift changes"):
+        ParticleSolver(equation, hidden=(8,), draws=200).solve(gaussian(0.0, 1.0, 2), [0.0, 0.1], 100, 1)

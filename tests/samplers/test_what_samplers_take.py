@@ -4,7 +4,7 @@ import pytest
 import torch
 from problems import mixture
 
-from diffusion.fields import EmpiricalField, linear, variance_exploding
+from diffusion.fields import EmpiricalField, gravity, linear, variance_exploding
 from diffusion.samplers import (
     Adaptive,
     AdaptiveMultistep,
@@ -85,3 +85,18 @@ def test_data_of_another_scale_than_assumed_are_named(sampler, scale, said):
         assert caught[0].filename == __file__
     else:
         sampler(Scaled(), x_T)
+
+
+@pytest.mark.parametrize("sampler", [EulerMaruyama(4), Stochastic(4)], ids=["EulerMaruyama", "Stochastic"])
+def test_scores_like_x(sampler, user_error):
+    right = EmpiricalField(gravity(2), torch.tensor([[1.0, 0.0], [-1.0, 0.5]], dtype=torch.float64))
+
+    class Narrow:
+        field, velocity = right.field, right.velocity
+
+        def score(self, x, t):
+            return right.score(x, t)[:, :1]
+
+    x_T = right.field.sample_prior((4, 2), torch.Generator().manual_seed(0), dtype=torch.float64)
+    with user_error("score(x, t)", "(4, 1)", "(4, 2)"):
+        sampler(Narrow(), x_T)
