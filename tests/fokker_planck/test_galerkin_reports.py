@@ -12,6 +12,7 @@ from diffusion.fokker_planck.equation import FokkerPlanck
 from diffusion.fokker_planck.evolution import krylov, largest
 from diffusion.fokker_planck.galerkin import GalerkinSolver
 from diffusion.fokker_planck.laws import gaussian
+from diffusion.fokker_planck.observables import warn_of_leaps
 from diffusion.fokker_planck.problems import double_well, ornstein_uhlenbeck, ratchet, variance_preserving
 
 OU, OU2 = ornstein_uhlenbeck(), ornstein_uhlenbeck(2, turn=2.0)
@@ -228,3 +229,20 @@ def test_noise_that_leaps(width, said):
         warnings.simplefilter("always")
         GalerkinSolver(equation, Legendre(64, -1.0, 1.0)).solve(gaussian(0.0, 0.12), [0.0, 0.1])
     assert sum("the noise leaps" in str(warning.message) for warning in caught) == said
+
+
+@pytest.mark.parametrize(("at", "said"), [(0, False), (2, True), (3, True), (5, False)])
+def test_leaps_matter_to_the_mass_on_either_side(at, said):
+    equation = FokkerPlanck(lambda x, t: 0 * x, lambda x, t: 1.5 + (x / 1e-3).tanh())
+    places, masses = torch.arange(6.0, dtype=torch.float64) - 2.5, torch.zeros(1, 6, dtype=torch.float64)
+    masses[0, at] = 1.0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_leaps(equation, [places], 0.0, masses, stacklevel=1)
+    assert sum("the noise leaps: 1 of the mass" in str(warning.message) for warning in caught) == said
+
+
+def test_a_turning_drift_that_torch_cannot_differentiate_is_no_gradient(user_error):
+    equation = FokkerPlanck(lambda x, t: OU2.equation.drift(x, t).detach(), 2**0.5)
+    with user_error("torch does not see how drift changes"):
+        GalerkinSolver(equation, [Hermite(8)] * 2, True).solve(OU2.start, [0.0, 1.0])
