@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 ORDER = 8  # at most
-FIRST, LONGEST, SHORTEST = 0.01, 0.05, 1e-12  # steps
-SAFETY, GROWTH, CUT = 0.7, 2.0, 0.2
+FIRST, LONGEST, SHORTEST = 5e-4, 0.05, 1e-12  # steps
+SAFETY, GROWTH, CUT = 0.7, 4.0, 0.2
 
 Slope = Callable[[Tensor, Tensor, Tensor], Tensor]  # (u (b,), y (b, n), index (b,)) -> (b, n)
 Ratio = Callable[[Tensor, Tensor, Tensor], Tensor]  # (error of a step, y after it, index) -> (b,)
