@@ -14,9 +14,9 @@ from diffusion.samplers.arc import Arc, data_std, noise_scales
 from diffusion.samplers.base import Model, PlannedSampler
 from diffusion.samplers.grids import BandGrid, Grid
 
-SCALE = 0.6  # of the arc, in units of the std of the data, found by measurement on mixtures of 2 and 64 dimensions
-FINEST = 0.16  # size of the finest structure of the data, in units of their std
-HIDING = 20  # coordinates from which on radii hide noise of unknown scale, found by measurement from 2 to 192
+SCALE = 0.5  # of the arc, in units of the std of the data; this and FINEST by measurement on mixtures and digits
+FINEST = 0.22  # size of the finest structure of the data, in units of their std
+HEAVY = 3.0  # degrees of freedom below which the tails of Student-t noise are heavy
 MEASURED, FAR = 16, 5.0  # samples whose std is compared to the one that steps were made for; ratio that warns
 LOOKS, BENT = 32, 0.01  # lines of a field that are looked at, at as many times; relative turn that counts as a bend
 
@@ -78,7 +78,7 @@ class OnArc(PlannedSampler):
     with z = x_T / T, as if it were Student-t noise with D = d.
 
     Args:
-        grid: rule that lays times. None is a BandGrid from 0.16 std to sqrt(d) std, for data of d coordinates: from
+        grid: rule that lays times. None is a BandGrid from 0.22 std to sqrt(d) std, for data of d coordinates: from
             their finest structure to the distances between them, or to where the lines of one data point bend, if that
             is farther. A BandGrid is laid for each sample's own noise, where samples differ in it.
         std: standard deviation per coordinate of the data. None asks the model, and is 0.8 where it does not know.
@@ -125,16 +125,19 @@ class OnArc(PlannedSampler):
         return grid(model.field, points)[None]
 
 
+def heavy(field: Field) -> bool:
+    """Whether the noise of a field is Student-t noise of heavy tails, as that of gravity."""
+    return isinstance(field, AffineField) and isinstance(field.base, StudentT) and field.base.dof < HEAVY
+
+
 def hidden(field: Field, dim: int) -> float:
     """How much less than the finest structure the noise may be at which lines still bend.
 
-    The radius of x tells the scale R of Student-t noise, unless the noise changes it by less than data differ in their
-    radii: |x0|^2 varies by a share that falls as d^(-1/2), which is the power of noise of std d^(-1/4). So samples are
-    told from each other below that. It matters as far as R is what makes |z| vary, a share d / (D + d).
+    The radius of x tells the scale R of heavy-tailed noise, unless the noise changes it by less than data differ in
+    their radii: |x0|^2 varies by a share that falls as d^(-1/2), which is the power of noise of std d^(-1/4). So
+    samples are told from each other below that.
     """
-    if not (isinstance(field, AffineField) and isinstance(field.base, StudentT)):
-        return 1.0
-    return min(1.0, (HIDING / dim) ** 0.25) ** ((dim / (field.base.dof + dim)) ** 2)
+    return dim**-0.25 if heavy(field) else 1.0
 
 
 def _unknown(field: Field) -> bool:

@@ -261,7 +261,7 @@ def test_each_factor_is_of_one_weight():
     shapes = Multistep(6, 3).shapes()
     factors = tuple(tuple(tuple(next(values) for _ in range(k)) for k in pair) for pair in shapes)
     sampler, angles = Multistep(6, 3, factors=factors), torch.linspace(1.4, 0.2, 6, dtype=torch.float64)[None]
-    plain = sampler._weights(angles)
+    plain = sampler._weights(angles, 0.0)
     for weights, scaled, pair in zip(plain, sampler._scaled(plain), factors, strict=True):
         for w, s, f in zip(weights, scaled, pair, strict=True):
             torch.testing.assert_close(s, w * torch.tensor([f], dtype=torch.float64))
