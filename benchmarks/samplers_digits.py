@@ -50,6 +50,7 @@ class Flat:
         return function(x.view(-1, *self.generator.shape), t).flatten(1)
 
 
+@torch.no_grad()
 def errors(generator: Generator) -> dict[str, Any]:
     """Evaluations -> row -> figures, see `samplers.cell`; and how well the exact answer is known."""
     model, field = Flat(generator), generator.field
@@ -64,10 +65,10 @@ def errors(generator: Generator) -> dict[str, Any]:
     for nfe, found in cells.items():
         found["ours: Multistep, denoise"] = ours(case, Multistep(nfe, denoise=True), "denoised", nfe)
     table(case, cells)
-    return {"missing": missing, "reference_uncertainty": uncertainty, "fixed": cells}
+    return {"errors": {"missing": missing, "reference_uncertainty": uncertainty, "fixed": cells}}
 
 
-def distances(generator: Generator) -> list[dict[str, Any]]:
+def distances(generator: Generator) -> dict[str, Any]:
     splits = digits()
     features = default_features(splits)
 
@@ -92,18 +93,19 @@ def distances(generator: Generator) -> list[dict[str, Any]]:
         rows.append({"sampler": name, "frechet": frechet, "over_100": sum(frechet) / sum(first)})
         rows[-1] |= {"seconds_of_tuning": seconds[name]} if name in seconds else {}
         print(rows[-1], flush=True)
-    return rows
+    return {"frechet": rows}
 
 
-@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, help="of experiment=digits_gravity")
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     generator = Generator.load(options.checkpoint or trained("digits_gravity"))
-    found = {"errors": errors(generator), "frechet": distances(generator)}
-    options.json.write_text(json.dumps(found, indent=1) + "\n")
+    found = {}
+    for part in (errors, distances):
+        found |= part(generator)
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

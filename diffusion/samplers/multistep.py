@@ -14,8 +14,8 @@ from diffusion.samplers.arc import Arc, Places, column, slope
 from diffusion.samplers.base import Model, Velocity, whole
 from diffusion.samplers.on_arc import FINEST, SCALE, OnArc, heavy, hidden
 
-GAUSS, TINY = 12, 1e-300  # nodes of the rule for weights; least sine
-SMOOTH, KINKED = (0.0, 0.0, 0.0, 1.0), (0.14, 0.14, 0.85, 1.0)  # offsets of the sine for 1 to 4 slopes, by measurement
+GAUSS, TINY = 12, 1e-300  # nodes of the rule for weights; sine at an angle that is 0 in float64
+SMOOTH, KINKED = (0.0, 0.0, 0.0, 1.0), (0.25, 0.25, 0.85, 1.0)  # offsets of the sine for 1 to 4 slopes, by measurement
 
 
 def integral_weights(nodes: Tensor, start: Tensor, stop: Tensor, offset: float) -> Tensor:
@@ -55,12 +55,13 @@ class Multistep(OnArc):
     """Adams' methods for the slope on the arc (see diffusion.samplers.arc): `steps` evaluations in all.
 
     The slopes of the last `order` evaluations, divided by the sine of the angle, are extended as a polynomial in the
-    angle, which is integrated with the sine exactly. That quotient is -m / c, where m would be the centre of the data
-    near x if these were Gaussian with the arc's scale c: such data are solved exactly, wherever their centre is, in any
-    number of steps. So these are exponential integrators for x, as DEIS (Zhang & Chen 2023, arXiv 2204.13902) and
-    DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095) are, of m instead of the noise or the denoised. Where E[x0|x] is not
-    even in sigma (heavy-tailed noise, fields of one's own), the slope does not vanish with the angle, and the sine gets
-    an offset; so it does at order 4, for steps so short that any field's slope is smooth by itself.
+    angle, which is integrated with the sine exactly. With Gaussian noise that quotient is -m / c, where m would be the
+    centre of the data near x if these were Gaussian with the arc's scale c: such data are solved exactly, wherever
+    their centre is, in any number of steps up to order 3. So these are exponential integrators for x, as DEIS (Zhang &
+    Chen 2023, arXiv 2204.13902) and DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095) are, of m instead of the noise or
+    the denoised. Where the slope is not known to vanish with the angle (heavy-tailed noise, fields and laws of one's
+    own), the sine gets an offset. So it does at order 4, for every field: steps are so short then that the slope is
+    smooth by itself, also that of data without a density, which does not vanish.
 
     With the corrector each step is made again once the slope at its end is known, without another evaluation, and the
     order is one higher (UniPC, Zhao et al. 2023, arXiv 2302.04867). Weights are computed from the places on the arc, so

@@ -18,7 +18,8 @@ from diffusion.samplers.grids import BandGrid
 from diffusion.samplers.multistep import Multistep
 
 FILE = "tuned.yaml"
-ENTRY = {"sampler", "error", "default_error"}
+ENTRY = {"sampler", "error", "default_error", "rule"}
+RULE = 2  # of the weights of Multistep, which factors are relative to
 REFERENCE = Multistep(steps=128)
 FEW = 10  # evaluations up to which the weights too are tuned: what that costs grows with the square of the evaluations
 RESIDUALS = 1024  # coordinates of all trajectories together, at least
@@ -211,7 +212,7 @@ def store_tuned(folder: str | Path, tuned: Tuned) -> Path:
     """Write what was found beside a checkpoint, where `tuned_sampler` finds it; grids for other budgets stay."""
     path = Path(folder) / FILE
     entries = _read(path) if path.exists() else {}
-    sampler, errors = asdict(tuned.sampler), {"error": tuned.error, "default_error": tuned.default_error}
+    sampler, errors = asdict(tuned.sampler), {"error": tuned.error, "default_error": tuned.default_error, "rule": RULE}
     if sampler["grid"] is not None:
         sampler["grid"]["shares"] = list(sampler["grid"]["shares"])
     entries[tuned.sampler.steps] = {"sampler": sampler, **errors}
@@ -239,6 +240,8 @@ def tuned_sampler(checkpoint: str | Path, nfe: int) -> Multistep:
         found = entries[nfe]
         if not set(found) >= ENTRY:
             raise ValueError("it is not complete")
+        if found["rule"] != RULE:
+            raise ValueError("its factors are for other weights than those of now")
         options = dict(found["sampler"])
         grid = options.pop("grid")
         if grid is not None:

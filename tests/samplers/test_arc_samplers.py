@@ -34,7 +34,8 @@ class TestOrders:
 
     def test_of_multistep_with_corrector(self, name, order):
         """One more; for high orders the first steps, which know few slopes, have a part in the error."""
-        steps = (192, 384) if order < 3 else (24, 48)
+        kinked = name == "gravity" and order < 3  # slopes over a sine with a small offset: the order is seen later
+        steps = (192, 384) if kinked else (24, 48)
         found = orders(lambda n: Multistep(n, order, std=1.5), solved(name, t_min=1e-6), steps)
         if order < 3:
             assert found == pytest.approx(order + 1, abs=0.2)
@@ -95,7 +96,7 @@ def test_gaussian_data_of_the_arcs_scale_are_solved_exactly(build, sampler, mean
     expected = mean + c * line
     if isinstance(sampler, RungeKutta):
         expected = model.denoised(alpha[1] * mean + line * radius[1], field.t_min)
-    torch.testing.assert_close(sampler(model, x_T), expected, rtol=1e-6 if field.rho == 7 else 1e-9, atol=1e-9)
+    torch.testing.assert_close(sampler(model, x_T), expected, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("build", [variance_exploding, variance_preserving, linear])
@@ -121,10 +122,11 @@ def test_every_field_leads_to_its_data(case):
     points[1, 0] = 1.5
     model = PointMasses(field, points, torch.tensor([0.5, 0.5]).double())
     x_T = field.sample_prior((12, case.dim), torch.Generator().manual_seed(3), dtype=torch.float64)
-    for sampler in (Multistep(12, denoise=True), RungeKutta(5, 3)):
+    ends = Multistep(12, denoise=True), RungeKutta(5, 3)  # with the field's estimate, at the points themselves
+    for sampler, bound in ((Multistep(12), 0.01 * case.dim**0.5 + 0.01), *((sampler, 0.05) for sampler in ends)):
         x_0 = sampler(model, x_T)
         nearest, which = torch.cdist(x_0, points).min(1)
-        assert nearest.median() < 0.05
+        assert nearest.median() < bound
         assert set(which.tolist()) == {0, 1}
 
 
@@ -242,8 +244,8 @@ def test_weights_integrate_exactly(offset):
             return (np.sin(angle) + offset) * angle**power
 
         exact = [quad(f, float(a), float(b), epsabs=1e-13)[0] for a, b in zip(start, stop, strict=True)]
-        found = (weights * f(nodes.numpy())).sum(1)
-        torch.testing.assert_close(found, torch.tensor(exact, dtype=torch.float64), rtol=1e-11, atol=1e-12)
+        found = (weights.numpy() * f(nodes.numpy())).sum(1)
+        assert found == pytest.approx(exact, rel=1e-11, abs=1e-12)
 
 
 def test_the_models_own_std_is_taken():

@@ -352,6 +352,14 @@ def test_a_damaged_file_is_named(tmp_path, content, user_error):
         tuned_sampler(tmp_path, 4)
 
 
+def test_factors_for_other_weights_are_refused(tmp_path, user_error):
+    store_tuned(tmp_path, Tuned(SAMPLER, 0.01, 0.02))
+    path = tmp_path / "tuned.yaml"
+    path.write_text(path.read_text().replace("rule: 2", "rule: 1"))
+    with user_error("tuned.yaml", "other weights", "tune.py again"):
+        tuned_sampler(tmp_path, 4)
+
+
 @pytest.mark.parametrize(("nfe", "trajectories", "rounds"), [(1, 4, 4), (4, 1, 4), (4, 4, 0)])
 def test_impossible_budgets_are_refused(nfe, trajectories, rounds, user_error):
     model = mixture(linear(2))
