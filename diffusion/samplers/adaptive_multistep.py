@@ -32,7 +32,7 @@ class AdaptiveMultistep(Sampler):
     the ODE, and no step is longer than a twentieth of it, so that none passes over all modes unseen. Where the std that
     is told or assumed is far from that of the samples, there is a warning.
 
-    On Gaussian mixtures of 2 and 64 dimensions the defaults take 33 to 53 evaluations of a sample, 43 to 66 calls of
+    On Gaussian mixtures of 2 and 64 dimensions the defaults take 31 to 51 evaluations of a sample, 43 to 66 calls of
     the model, to root mean square errors below 1e-4: 2 to 20 times the tolerance, since the few samples near a border
     between modes magnify what they are off by. The median error is one tolerance (benchmarks/samplers.py).
 
