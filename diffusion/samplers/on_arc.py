@@ -80,7 +80,8 @@ class OnArc(PlannedSampler):
     Args:
         grid: rule that lays times. None is a BandGrid from 0.22 std to sqrt(d) std, for data of d coordinates: from
             their finest structure to the distances between them, or to where the lines of one data point bend, if that
-            is farther. A BandGrid is laid for each sample's own noise, where samples differ in it.
+            is farther; the low end times d^(-1/4) for heavy-tailed noise. A BandGrid is laid for each sample's own
+            noise, where samples differ in it.
         std: standard deviation per coordinate of the data. None asks the model, and is 0.8 where it does not know.
     """
 

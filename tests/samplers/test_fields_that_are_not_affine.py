@@ -9,12 +9,15 @@ import torch
 from scipy.integrate import solve_ivp
 
 from diffusion.fields import (
+    AffineField,
     EmpiricalField,
     Field,
     Gaussian,
+    Product,
     RadialField,
     curved,
     gravity,
+    pfgmpp,
     radial_exponential,
     radial_gaussian,
     radial_gravity,
@@ -22,6 +25,7 @@ from diffusion.fields import (
     radial_tanh,
     straight,
     uniform,
+    variance_exploding,
 )
 from diffusion.samplers import BandGrid, Counted, Heun, Multistep, RungeKutta
 from diffusion.samplers.arc import noise_scales
@@ -156,3 +160,14 @@ def test_a_field_is_looked_at_once():
     for _ in range(2):
         torch.testing.assert_close(Multistep(8, denoise=True)(model, x_T), torch.ones_like(x_T), rtol=0, atol=1e-3)
     assert (model.evaluations, Own.looks) == (16, 17)
+
+
+def test_the_sine_gets_an_offset_where_the_slope_may_not_vanish():
+    """Up to order 3 for heavy tails, less in many dimensions, and for fields and laws of one's own; at order 4 always."""
+    own, few = straight(uniform()), Multistep(8)
+    laplace = AffineField(
+        lambda t: 1 - t, lambda t: t, horizon=1.0, base=Product(torch.distributions.Laplace(0.0, 0.5**0.5)), rho=1.0
+    )
+    assert few._offset(variance_exploding(), 64) == few._offset(pfgmpp(64, 8.0), 64) == 0
+    assert 0 < few._offset(own, 64) == few._offset(laplace, 64) == pytest.approx(8 * few._offset(gravity(64), 64))
+    assert len({Multistep(30)._offset(field, 64) for field in (variance_exploding(), own, laplace, gravity(64))}) == 1
