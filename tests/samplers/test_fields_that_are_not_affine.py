@@ -163,7 +163,7 @@ def test_a_field_is_looked_at_once():
 
 
 def test_the_sine_gets_an_offset_where_the_slope_may_not_vanish():
-    """To order 3: for heavy tails, less in many dimensions, and for fields and laws of one's own. At order 4: for all."""
+    """To order 3: for heavy tails, less in many dimensions, and for fields and laws of one's own. At order 4: all."""
     own, few = straight(uniform()), Multistep(8)
     laplace = AffineField(
         lambda t: 1 - t, lambda t: t, horizon=1.0, base=Product(torch.distributions.Laplace(0.0, 0.5**0.5)), rho=1.0
