@@ -25,7 +25,7 @@ FEW = 10  # evaluations up to which the weights too are tuned: what that costs g
 RESIDUALS = 1024  # coordinates of all trajectories together, at least
 CHANGE = 0.01  # of an unknown, for its derivative
 DAMPING = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # of a round; the best is taken
-WANDER = math.log(4)  # of the scale's logarithm: within the factor of 5 from the samples' std that a sampler warns at
+WANDER = math.log(3)  # of the scale's logarithm: well within what a sampler warns of (see on_arc.compare)
 GAIN = 0.03  # share of the error that a round must take away to be followed by another
 FAILURES = (UserError, OverflowError, torch.linalg.LinAlgError)  # of steps too long for the model, or for numbers
 
@@ -197,7 +197,7 @@ def _changed(start: Multistep, unknowns: Tensor) -> Multistep:
     """With other times (steps - 1,), another scale (1,) and other factors (all or none).
 
     Times change by the logarithm of each gap of the grid over the rest of the way, so that those before stay; the scale
-    by its logarithm, up to a factor of 4; factors by themselves.
+    by its logarithm, up to a factor of 3; factors by themselves.
     """
     left = 1 - torch.tensor(start.grid.shares, dtype=torch.float64)
     ratios = (left[:-2] / left[1:-1] - 1) * unknowns[: start.steps - 1].exp()
