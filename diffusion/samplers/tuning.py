@@ -25,7 +25,7 @@ FEW = 10  # evaluations up to which the weights too are tuned: what that costs g
 RESIDUALS = 1024  # coordinates of all trajectories together, at least
 CHANGE = 0.01  # of an unknown, for its derivative
 DAMPING = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # of a round; the best is taken
-WANDER = math.log(3)  # of the scale's logarithm: well within what a sampler warns of (see on_arc.compare)
+WANDER = math.log(3)  # of the scale's logarithm; leaves 5 / 3 of the ratio that a sampler warns of, on_arc.FAR
 GAIN = 0.03  # share of the error that a round must take away to be followed by another
 FAILURES = (UserError, OverflowError, torch.linalg.LinAlgError)  # of steps too long for the model, or for numbers
 
@@ -139,10 +139,10 @@ class _Problem:
         away = (self.x_0 - sampler(self.model, self.x_T, **self.conditions)).flatten(1)
         return away / away.shape[1] ** 0.5
 
-    def attempt(self, sampler: Multistep, first: bool = True) -> Tensor:
-        """`residuals`, infinite where the sampler fails."""
+    def attempt(self, start: Multistep, unknowns: Tensor | None = None, first: bool = True) -> Tensor:
+        """`residuals` with the unknowns changed; infinite where there is no such sampler or it fails."""
         try:
-            return self.residuals(sampler, first)
+            return self.residuals(start if unknowns is None else _changed(start, unknowns), first)
         except FAILURES:
             return torch.full_like(self.x_0.flatten(1), math.inf)
 
@@ -163,11 +163,11 @@ def _fitted(start: Multistep, problem: _Problem, rounds: int, progress: Callable
 
     def solved(changes: Iterable[Tensor]) -> Iterator[Tensor]:
         for change in changes:
-            yield problem.attempt(_changed(start, unknowns + change), first=False)
+            yield problem.attempt(start, unknowns + change, first=False)
             progress(least)
 
     for _ in range(rounds):
-        residuals = problem.attempt(_changed(start, unknowns))
+        residuals = problem.attempt(start, unknowns)
         errors = residuals.norm(dim=1)
         least = _mean(errors)
         if least == math.inf:
