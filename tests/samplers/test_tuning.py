@@ -272,6 +272,16 @@ def test_what_starts_alike_is_not_evaluated_again():
         torch.testing.assert_close(residuals, (problem.x_0 - changed(model, problem.x_T)) / 2**0.5)
 
 
+def test_derivatives_share_what_starts_alike():
+    """A round costs about half of what its solutions would cost one by one."""
+    model, start = Counted(mixture(gravity(2))), Multistep(6, 3)
+    start = replace(start, grid=replace(start.default_grid(model, torch.zeros(1, 2)), shares=SIX), std=0.8)
+    problem, solutions = _Problem(model, REFERENCE, *draws(model)(9, torch.Generator().manual_seed(2))), []
+    before = model.evaluations
+    _fitted(start, problem, 1, solutions.append)
+    assert model.evaluations - before < 0.75 * start.steps * len(solutions)
+
+
 def test_each_factor_is_of_one_weight():
     values = itertools.count(1.0)
     shapes = Multistep(6, 3).shapes()
