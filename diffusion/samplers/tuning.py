@@ -190,7 +190,7 @@ def _fitted(start: Multistep, problem: _Problem, rounds: int, progress: Callable
 
 def _mean(errors: Tensor) -> float:
     """Geometric; infinite where one is not a number."""
-    return (errors + 1e-12).log().mean().exp().nan_to_num(math.inf).item()
+    return (errors + 1e-12).log().mean().exp().nan_to_num(math.inf, posinf=math.inf).item()
 
 
 def _changed(start: Multistep, unknowns: Tensor) -> Multistep:

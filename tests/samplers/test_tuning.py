@@ -214,6 +214,12 @@ def test_no_unknown_lowers_the_error_much_further(field, nfe, number):
             assert _mean(problem.errors(moved(found, size * unknown))) > 0.92 * least
 
 
+def test_the_mean_error():
+    assert _mean(torch.tensor([0.1, 0.2, 0.4])) == pytest.approx(0.2)
+    for bad in (math.inf, math.nan):
+        assert _mean(torch.tensor([0.1, bad])) == math.inf
+
+
 def test_a_round_moves_every_unknown():
     """One without a derivative would stay, and the others make up for it."""
     model = mixture(gravity(2))
