@@ -134,10 +134,20 @@ def test_an_order_that_fails_where_it_starts_is_passed_over(failing, monkeypatch
     assert tuned.error <= tuned.default_error < math.inf
 
 
-def test_where_all_fail_tuning_says_why(monkeypatch, user_error):
-    def never(problem, sampler, first=True):
-        raise UserError("velocity of sample 0 is not finite")
+def never(problem, sampler, first=True):
+    raise UserError("velocity of sample 0 is not finite")
 
+
+def test_an_order_that_fails_where_it_starts_is_given_up_at_once(monkeypatch):
+    """No derivatives are taken there."""
+    model, told = mixture(linear(2)), []
+    problem = _Problem(model, REFERENCE, *draws(model)(4, torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(_Problem, "residuals", never)
+    _fitted(SAMPLER, problem, 2, told.append)
+    assert not told
+
+
+def test_where_all_fail_tuning_says_why(monkeypatch, user_error):
     model = mixture(linear(2))
     monkeypatch.setattr(_Problem, "residuals", never)
     with user_error("velocity of sample 0 is not finite"):
