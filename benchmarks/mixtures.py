@@ -50,7 +50,7 @@ class Mixture:
         return self.means.device
 
     @property
-    def mean(self) -> Tensor:
+    def data_mean(self) -> Tensor:
         """(d,): E[x0]."""
         return self.weights @ self.means
 
@@ -150,7 +150,7 @@ def start(model: Mixture, x_T: Tensor, before: float) -> tuple[Tensor, float]:
     if alpha > 0:
         return x_T / alpha, sigma / alpha
     s = float(model.field.sigma(t - before) / model.field.alpha(t - before))
-    return s * (x_T / sigma) + model.mean, s  # to the order of 1 / s^2
+    return s * (x_T / sigma) + model.data_mean, s  # to the order of 1 / s^2
 
 
 def follow(model: Mixture, y: Tensor, first: float, last: float, rtol: float) -> Tensor:

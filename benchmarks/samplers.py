@@ -28,7 +28,7 @@ from mixtures import Case
 from torch import Tensor
 
 from diffusion.samplers import Adaptive, AdaptiveMultistep, Euler, Heun, Multistep, Sampler, tune
-from diffusion.samplers.arc import data_std
+from diffusion.samplers.arc import data_mean, data_std
 
 
 class Ours(NamedTuple):
@@ -42,6 +42,7 @@ OURS = {
     "Euler": Ours(lambda nfe: Euler(steps=nfe)),
     "Heun": Ours(lambda nfe: Heun(steps=(nfe + 1) // 2) if nfe >= 3 else None),
     "Multistep": Ours(lambda nfe: Multistep(steps=nfe), aim="limit"),
+    "Multistep, data_mean not told": Ours(lambda nfe: Multistep(steps=nfe, from_mean=False), aim="limit"),
 }
 DEFAULT = "Multistep"
 ADAPTIVE: dict[str, Callable[[float], Sampler]] = {
@@ -59,7 +60,8 @@ class Evaluated:
     """A model that keeps the sizes of the batches it is called with."""
 
     def __init__(self, model: mixtures.Mixture):
-        self.model, self.field, self.data_std, self.sizes = model, model.field, data_std(model), []
+        self.model, self.field, self.sizes = model, model.field, []
+        self.data_std, self.data_mean = data_std(model), data_mean(model)
 
     def velocity(self, x: Tensor, t: Tensor | float) -> Tensor:
         self.sizes.append(len(x))

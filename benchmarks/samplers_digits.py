@@ -39,7 +39,8 @@ class Flat:
     """A generator of images as a model of benchmarks/mixtures.py: points are (N, d), E[x0|x] is the network's."""
 
     def __init__(self, generator: Generator):
-        self.generator, self.field, self.data_std = generator, generator.field, generator.data_std
+        self.generator, self.field = generator, generator.field
+        self.data_std, self.data_mean = generator.data_std, generator.data_mean.flatten()
 
     def posterior_mean(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
         """For fields with alpha = 1 and sigma = t."""

@@ -219,6 +219,12 @@ class Generator(nn.Module):
         """Standard deviation per coordinate of the data, which samplers ask for."""
         return float(self.precondition.std)
 
+    @property
+    def data_mean(self) -> Tensor | None:
+        """Mean of the data (*shape), which samplers ask for; None where classes have means of their own."""
+        known = isinstance(self.precondition, Preconditioner) and not self.num_classes
+        return self.precondition.centre if known else None
+
     def save(self, folder: str | Path) -> None:
         """Write a checkpoint from which `load` rebuilds this generator."""
         checkpoints.write(folder, {"model": specs.describe(self)}, {"model": self.state_dict()})

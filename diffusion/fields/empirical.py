@@ -99,6 +99,14 @@ class EmpiricalField:
         """Standard deviation per coordinate of the data, which samplers ask for."""
         return math.sqrt(float(self._cloud.spread.mean()) / self._cloud.points.shape[1])
 
+    @property
+    def data_mean(self) -> Tensor:
+        """Mean of the data, of the shape of one point, which samplers ask for."""
+        cloud = self._cloud
+        if cloud.log_weights is None:
+            return cloud.mean.view(self.data.shape[1:])
+        return (cloud.log_weights.softmax(0) @ cloud.points.to(cloud.log_weights)).view(self.data.shape[1:])
+
     def log_prob(self, x: Tensor, t: Tensor | float) -> Tensor:
         """log p_t(x) (B,), in nats; -inf where no data point has a density."""
 

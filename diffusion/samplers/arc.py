@@ -49,6 +49,11 @@ def data_std(model) -> float:
     return std if 0 < std < math.inf else USUAL_STD  # data that do not vary have none
 
 
+def data_mean(model) -> Tensor | None:
+    """Mean of the data of a model, of the shape of one point, or None where it does not tell."""
+    return getattr(model, "data_mean", None)
+
+
 def coefficients(field: Field, t: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma as `schedule` has them, without the derivatives, which cost most."""
     if not isinstance(field, AffineField):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from diffusion.errors import UserError
 from diffusion.fields.base import Field
 from diffusion.randomness import derive_seed
-from diffusion.samplers.arc import data_std
+from diffusion.samplers.arc import data_mean, data_std
 from diffusion.samplers.grids import Grid, PowerGrid
 from diffusion.samplers.scores import Joint, Motion, motion
 
@@ -42,7 +42,8 @@ class Counted:
     """
 
     def __init__(self, model: Model):
-        self.model, self.field, self.data_std = model, model.field, data_std(model)
+        self.model, self.field = model, model.field
+        self.data_std, self.data_mean = data_std(model), data_mean(model)
         self.evaluations = self.points = 0
 
     @property

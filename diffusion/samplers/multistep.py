@@ -10,11 +10,13 @@ from torch import Tensor
 from diffusion.errors import UserError
 from diffusion.fields import AffineField, Gaussian, StudentT
 from diffusion.fields.base import Field
-from diffusion.samplers.arc import Arc, Places, column, slope
+from diffusion.samplers.arc import Arc, Places, coefficients, column, data_mean, slope
 from diffusion.samplers.base import Model, Velocity, whole
 from diffusion.samplers.on_arc import FINEST, SCALE, OnArc, heavy, hidden
 
 GAUSS, TINY = 12, 1e-300  # nodes of the rule for weights; sine at an angle that is 0 in float64
+FEW = 12  # evaluations up to which the order is 2
+FAR, WIDE = 50.0, 4.0  # noise of the prior, in std and in sqrt(d) std of the data, that leaves their mean to be seen
 SMOOTH, KINKED = (0.0, 0.0, 0.0, 1.0), (0.25, 0.25, 0.85, 1.0)  # offsets of the sine for 1 to 4 slopes, by measurement
 
 
@@ -43,8 +45,9 @@ Factors = tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
 class Moves(NamedTuple):
     """The plan: where to evaluate, and the moves between."""
 
-    times: Tensor  # (rows, steps)
-    at: Places  # (rows, steps)
+    times: Tensor  # (rows, places)
+    at: Places  # (rows, places)
+    known: Tensor  # (n, B, *shape) slopes at the first n places, which are not evaluated; n is 0 or 1
     weights: list[tuple[Tensor, Tensor]]  # of the slopes, see Multistep._weights
     scale: Tensor  # () of the arc
     continued: Tensor  # (rows, 1) whether the last step leads to t = 0; otherwise it is the field's estimate
@@ -68,16 +71,23 @@ class Multistep(OnArc):
     any grid will do. The last step leads to t = 0, where the arc is regular. Only where the noise of a sample hides the
     data at t_min still (heavy tails) is it the field's estimate from an evaluation at t_min.
 
+    Where x at the horizon shows nothing but noise, and the model has a `data_mean`, no evaluation is spent there: the
+    velocity is that of data at their mean, but for a share std / T of their extent (Wang & Vastola 2024, arXiv
+    2412.09726, follow a Gaussian's for longer). So few evaluations are one more; many would see the difference.
+
     The first steps know fewer slopes. Where there are many steps, or no corrector, their states are made again from the
     horizon on with all slopes known so far, so that they do not limit the order.
 
     Args:
-        steps: evaluations. The grid has one time more; the last of them, t_min, is not evaluated.
+        steps: evaluations. The grid has one time more, or two with `from_mean`; the last, t_min, is not evaluated.
         order: 1 to 4, slopes that a step is extended from. None is 2 up to 12 steps, 3 up to 24, 4 beyond.
         corrector: make each step again.
         denoise: end with the field's estimate from an evaluation at t_min, for every sample. Right where the data have
             no density (there the last step is wrong by about 1 % of their std), and for images of few grey levels;
             where they have one, steps are better spent earlier.
+        from_mean: take the velocity at the horizon from the model's data_mean. None is true up to 12 steps, where
+            neither order nor grid is given, the model has a data_mean, and the noise there is above 50 std and
+            4 sqrt(d) std.
         factors: on the weights of the slopes, for each step in the move up to its place and in that to the next, as
             many as there are weights (see `shapes`); diffusion.samplers.tune finds them. None is 1 everywhere.
     """
@@ -86,6 +96,7 @@ class Multistep(OnArc):
     order: int | None = None
     corrector: bool = True
     denoise: bool = False
+    from_mean: bool | None = None
     factors: Factors | None = None
 
     def __post_init__(self):
@@ -95,6 +106,8 @@ class Multistep(OnArc):
             raise UserError(
                 f"sampler has corrector={self.corrector!r} and denoise={self.denoise!r}, expected true or false"
             )
+        if not isinstance(self.from_mean, bool | None):
+            raise UserError(f"sampler has from_mean={self.from_mean!r}, expected true, false or null")
         if self.order is not None:
             whole(self.order, "order", 1)
         if self.order not in (None, 1, 2, 3, 4):
@@ -113,31 +126,73 @@ class Multistep(OnArc):
 
     def plan(self, model: Model, x: Tensor) -> Moves:
         arc = self.arc(model, x)
-        times = self._evaluations(arc, self.times(model, x, self.steps + 1))
+        mean = self._mean(model, x)
+        places = self.steps + (mean is not None)
+        times = self._evaluations(arc, self.times(model, x, places + 1))
         at, scale = arc.at(times), torch.as_tensor(arc.scale, dtype=torch.float64)
         weights = [
             (again.to(x), onward.to(x))
             for again, onward in self._scaled(self._weights(at.angle, self._offset(model.field, x[0].numel())))
         ]
         continued = (times[:, -1:] > arc.field.t_min).to(x.device)
-        return Moves(times.to(x), at.to(x), weights, scale.to(x), continued)
+        times, at, known = times.to(x), at.to(x), x.new_empty(0, *x.shape)
+        if mean is not None:
+
+            def velocity(x: Tensor, t: Tensor) -> Tensor:
+                return model.field.velocity(x, t.expand(len(x)), mean.to(x).expand_as(x))
+
+            known = slope(velocity, x, times, at, 0)[None]
+        return Moves(times, at, known, weights, scale.to(x), continued)
+
+    @property
+    def places(self) -> int:
+        """Places on the arc with a slope of their own: those of evaluations, and the horizon where it needs none."""
+        return self.steps + bool(self.from_mean)
+
+    def starts_from_mean(self, model: Model, x: Tensor) -> bool:
+        """Whether the slope at the horizon is known without an evaluation, for states `x` there."""
+        return self._mean(model, x) is not None
+
+    def _mean(self, model: Model, x: Tensor) -> Tensor | None:
+        """Mean of the data (*shape), where it is to be used.
+
+        Raises:
+            UserError: the model has none that could be used.
+        """
+        mean = data_mean(model)
+        if mean is None and self.from_mean:
+            raise UserError("sampler has from_mean=True, expected a model with data_mean; this one does not know it")
+        if mean is None or self.from_mean is False:
+            return None
+        if mean.shape != x.shape[1:]:
+            raise UserError(
+                f"data_mean of the model has shape {tuple(mean.shape)}, expected that of a point, {tuple(x.shape[1:])}"
+            )
+        if self.from_mean is None:
+            if self.steps > FEW or not (self.order is self.grid is self.factors is None):
+                return None
+            alpha, sigma = (c.item() for c in coefficients(model.field, torch.tensor([model.field.horizon])))
+            if sigma < alpha * self.data_std(model) * max(FAR, WIDE * x[0].numel() ** 0.5):
+                return None
+        return mean
 
     def shapes(self) -> list[tuple[int, int]]:
         """How many weights each step has, in the move up to its place, which may not be made again, and to the next."""
-        angles = torch.linspace(1.5, 0.1, self.steps, dtype=torch.float64)[None]
+        angles = torch.linspace(1.5, 0.1, self.places, dtype=torch.float64)[None]
         return [(again.shape[1], onward.shape[1]) for again, onward in self._weights(angles, 1.0)]
 
     def _evaluations(self, arc: Arc, grid: Tensor) -> Tensor:
-        """Where to evaluate, (rows, steps): at all times but the last of a grid (rows, steps + 1) from T to t_min.
+        """The places, (rows, places): all times but the last of a grid (rows, places + 1) from T to t_min.
 
         Samples whose noise still hides the data at t_min are evaluated there, and a little earlier everywhere else.
         """
         times, last = grid[:, :-1], torch.tensor([[arc.field.t_min]], dtype=torch.float64)
         far = (arc.at(last).noise_to_signal > arc.scale * (FINEST / SCALE)) | self.denoise
-        if self.steps == 1 or not bool(far.any()):
+        number = times.shape[1]
+        if number == 1 or not bool(far.any()):
             return times
-        places = torch.linspace(0, self.steps, self.steps, dtype=torch.float64)
-        before = places.long().clamp_max(self.steps - 1)
+        places = torch.linspace(0, number, number, dtype=torch.float64)
+        before = places.long().clamp_max(number - 1)
         earlier = torch.lerp(grid[:, before].log(), grid[:, before + 1].log(), places - before).exp()
         earlier = torch.cat([grid[:, :1], earlier[:, 1:-1], grid[:, -1:]], 1)  # the ends exactly
         return torch.where(far, earlier, times)
@@ -147,9 +202,10 @@ class Multistep(OnArc):
         first = state = corrected = x / column(at.radius, 0, x)
         for n, (again, onward) in enumerate(plan.weights):
             x = state * column(at.radius, n, x)
-            slopes = [*slopes[-4:], slope(velocity, x, plan.times, at, n)]
+            here = plan.known[n] if n < len(plan.known) else slope(velocity, x, plan.times, at, n)
+            slopes = [*slopes[-4:], here]
             if again.shape[1] > 0:
-                state = (first if self._refines(n) else corrected) + _sum(again, slopes)
+                state = (first if self._refines(n, len(plan.weights)) else corrected) + _sum(again, slopes)
             corrected = state
             state = corrected + _sum(onward, slopes)
         v = column(at.speed, -1, x) * slopes[-1] + column(at.drift, -1, x) * x
@@ -170,21 +226,21 @@ class Multistep(OnArc):
 
     def _slopes(self) -> int:
         """How many a step is extended from."""
-        return self.order or (2 if self.steps <= 12 else 3 if self.steps < 25 else 4)
+        return self.order or (2 if self.steps <= FEW else 3 if self.steps < 25 else 4)
 
-    def _refines(self, n: int) -> bool:
+    def _refines(self, n: int, places: int) -> bool:
         """Whether the n-th state is made again from the horizon on."""
-        return 1 <= n < self._slopes() and (not self.corrector or self.steps >= 5 * self._slopes())
+        return 1 <= n < self._slopes() and (not self.corrector or places >= 5 * self._slopes())
 
     def _weights(self, angles: Tensor, offset: float) -> list[tuple[Tensor, Tensor]]:
         """Weights (rows, k) of the last k slopes, for each step: in the move up to its place, and in that to the next.
 
         The first has k = 0 where that move is not made again.
         """
-        ends, moves = torch.cat([angles, torch.zeros_like(angles[:, :1])], 1), []
-        for n in range(self.steps):
+        ends, places, moves = torch.cat([angles, torch.zeros_like(angles[:, :1])], 1), angles.shape[1], []
+        for n in range(places):
             start, oldest = n, n + 1
-            if self._refines(n):
+            if self._refines(n, places):
                 start, oldest = 0, 0
             elif self.corrector and n > 0:
                 start, oldest = n - 1, max(0, n - self._slopes())

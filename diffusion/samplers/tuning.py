@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.samplers.arc import data_std
+from diffusion.samplers.arc import data_mean, data_std
 from diffusion.samplers.base import Model, state_dtype
 from diffusion.samplers.grids import BandGrid
 from diffusion.samplers.multistep import Multistep
@@ -22,11 +22,14 @@ ENTRY = {"sampler", "error", "default_error", "rule"}
 RULE = 2  # of the weights of Multistep, which factors are relative to
 REFERENCE = Multistep(steps=128)
 FEW = 10  # evaluations up to which the weights too are tuned: what that costs grows with the square of the evaluations
-RESIDUALS = 1024  # coordinates of all trajectories together, at least
+TRAJECTORIES, RESIDUALS = 128, 1024  # at least; coordinates of all of them together, at least
+TAIL = 4.0  # median errors; larger errors count less and less: near a border between modes a sample may end in either
+BIAS, AXES = 100.0, 8  # weight of a bias in units of the data's std; main axes of the data along which it is looked at
 CHANGE = 0.01  # of an unknown, for its derivative
-DAMPING = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # of a round; the best is taken
+DAMPING = tuple(10.0**power for power in range(-5, 3))  # of a round; the best is taken
+RACE = 3  # rounds after which one order alone goes on
 WANDER = math.log(3)  # of the scale's logarithm; leaves 5 / 3 of the ratio that a sampler warns of, on_arc.FAR
-GAIN = 0.03  # share of the error that a round must take away to be followed by another
+GAIN = 0.02  # share of all errors that a round must take away to be followed by another, or as much of the loss
 FAILURES = (UserError, OverflowError, torch.linalg.LinAlgError)  # of steps too long for the model, or for numbers
 
 
@@ -54,21 +57,26 @@ def tune(
 ) -> Tuned:
     """The Multistep that makes the least error in `nfe` evaluations: its times, its scale and, up to 10, its weights.
 
-    The mean logarithm of the error, over trajectories whose ends are known from a fine solution, falls by the damped
-    Gauss-Newton method (Levenberg 1944), from even gaps on. The residuals of each sample are divided by its error (or
-    a quarter of the median, if that is more), so that the gradient of their squares is that of the logarithms.
-    Derivatives are differences: a round costs about half a solution for each unknown, which leaves alone what comes
-    before it. The order is the better of 2 and 3 up to 10 evaluations, of 2 and 4 beyond.
+    What falls, over trajectories whose ends are known from a fine solution, is the mean of log(1 + (error / c)^2) with
+    c four times the median error, and the square of a bias. The first (Cauchy's loss) lets large errors weigh more than
+    small ones, but not those of samples that end in another mode. The bias is what the residuals
+    of the others have in common, and what
+    distances between laws, such as Frechet's, see first: the shift of their mean, and how much their extent along each
+    of the main axes of the data is missed. It is measured in standard deviations of the data and counts 100 times.
+
+    That is done by the damped Gauss-Newton method (Levenberg 1944), from even gaps on. Derivatives are differences: a
+    round costs about half a solution for each unknown, which leaves alone what comes before it. The order is 2 or 3 up
+    to 10 evaluations, 2 or 4 beyond: the one with the smaller loss after 3 rounds.
 
     Args:
         model: has `velocity` and `field`.
         draw: draw(number, generator) -> prior draws (number, *shape) and the conditions that go with them.
         nfe: evaluations, 2 or more.
-        trajectories: number to tune on; four times as many fresh ones are drawn to report on. None is 64, or as many as
-            have 1024 coordinates together.
-        rounds: at most; they end where one gains less than 3 %.
+        trajectories: number to tune on; four times as many fresh ones are drawn to report on. None is 128, or as many
+            as have 1024 coordinates together.
+        rounds: at most; they end where one gains no more than errors that all fall by 2 %.
         denoise: tune a sampler that ends with the field's estimate at t_min (see Multistep).
-        progress: called after each solution with how many there have been, how many there may be, and the error.
+        progress: called after each solution with how many there have been, how many there may be, and the median error.
 
     Returns:
         The better on the fresh draws of what was found and of the default.
@@ -82,29 +90,36 @@ def tune(
         )
     generator = torch.Generator().manual_seed(seed)
     if trajectories is None:
-        trajectories = max(64, math.ceil(RESIDUALS / draw(1, torch.Generator())[0].numel()))
+        trajectories = max(TRAJECTORIES, math.ceil(RESIDUALS / draw(1, torch.Generator())[0].numel()))
     fine = replace(REFERENCE, denoise=denoise)
     problem = _Problem(model, fine, *draw(trajectories, generator))
     default = Multistep(nfe, denoise=denoise)
-    even = tuple(torch.linspace(0, 1, nfe + 1, dtype=torch.float64).tolist())
+    plain = replace(default, from_mean=default.starts_from_mean(model, problem.x_T), std=default.data_std(model))
+    even = tuple(torch.linspace(0, 1, plain.places + 1, dtype=torch.float64).tolist())
     grid = replace(default.default_grid(model, problem.x_T), shares=even)
-    orders = sorted({min(order, nfe - 1) for order in ((2, 3) if nfe <= FEW else (2, 4))})
-    starts = [replace(default, order=order, grid=grid, std=default.data_std(model)) for order in orders]
-    total, done = rounds * sum(_unknowns(start) + len(DAMPING) for start in starts), itertools.count(1)
-    found = [_fitted(start, problem, rounds, lambda error: progress(next(done), total, error)) for start in starts]
+    orders = sorted({min(order, plain.places - 1) for order in ((2, 3) if nfe <= FEW else (2, 4))})
+    starts = [replace(plain, order=order, grid=grid) for order in orders]
+    race, each = min(RACE, rounds), [_unknowns(start) + len(DAMPING) for start in starts]
+    total, done = race * sum(each) + (rounds - race) * max(each), itertools.count(1)
+    fits = [_Fit(start, problem, lambda error: progress(next(done), total, error)) for start in starts]
+    first = [problem.attempt(fit.advance(race)) for fit in fits]
+    usual = TAIL * min(residuals.norm(dim=1).median() for residuals in first) + 1e-12
+    losses = [problem.loss(residuals, usual) for residuals in first]
+    found = fits[losses.index(min(losses))].advance(rounds - race)
     fresh = _Problem(model, fine, *draw(4 * trajectories, generator))
-    errors = [fresh.attempt(sampler).norm(dim=1).median().item() for sampler in (default, *found)]
+    errors = [fresh.attempt(sampler).norm(dim=1).median().item() for sampler in (default, found)]
     if min(errors) == math.inf:
         fresh.errors(default)  # says what is wrong
     best = errors.index(min(errors))
-    return Tuned((default, *found)[best], errors[best], errors[0])
+    return Tuned((default, found)[best], errors[best], errors[0])
 
 
 class _Kept:
     """A model that does not evaluate again what a first solution did, for others that start alike."""
 
     def __init__(self, model: Model):
-        self.model, self.field, self.data_std = model, model.field, data_std(model)
+        self.model, self.field = model, model.field
+        self.data_std, self.data_mean = data_std(model), data_mean(model)
         self.evaluations, self.number, self.first = [], 0, True
 
     def begin(self, first: bool) -> None:
@@ -128,6 +143,10 @@ class _Problem:
     def __init__(self, model: Model, fine: Multistep, x_T: Tensor, conditions: dict):
         self.model, self.x_T, self.conditions = _Kept(model), x_T.to(state_dtype(x_T.device)), conditions
         self.x_0 = fine(model, self.x_T, **conditions)
+        ends = self.x_0.flatten(1) / self.x_0[0].numel() ** 0.5
+        parts, _, axes = torch.linalg.svd(ends - ends.mean(0), full_matrices=False)
+        self.parts, self.axes = parts[:, :AXES], axes[:AXES].T
+        self.std = (ends - ends.mean(0)).square().sum(1).mean().sqrt().clamp_min(1e-12)
 
     def residuals(self, sampler: Multistep, first: bool = True) -> Tensor:
         """(B, d), in units that make a row's norm its root mean square.
@@ -146,51 +165,89 @@ class _Problem:
         except FAILURES:
             return torch.full_like(self.x_0.flatten(1), math.inf)
 
+    def bias(self, residuals: Tensor) -> Tensor:
+        """What residuals (..., B, d) have in common, (..., k + d), in standard deviations of the ends.
+
+        Parts (B, k) of unit length along the main axes of the ends, a_i = sum_k size_k part_ik axis_k: were the extent
+        along axis k wrong by a share s, residuals would be s size_k part_ik axis_k.
+        """
+        extent = ((residuals @ self.axes) * self.parts).sum(-2) / len(self.parts) ** 0.5
+        return torch.cat([extent, residuals.mean(-2)], -1) / self.std
+
+    def loss(self, residuals: Tensor, usual: Tensor) -> float:
+        """Cauchy's, of errors in units of `usual`, and the bias; infinite where a residual is not a number."""
+        bias = self.bias(near(residuals, usual) * residuals)
+        loss = (residuals.norm(dim=1) / usual).square().log1p().mean() + (BIAS * bias).square().sum()
+        return loss.nan_to_num(math.inf, posinf=math.inf).item()
+
     def errors(self, sampler: Multistep) -> Tensor:
         """(B,) root mean square over coordinates."""
         return self.residuals(sampler).norm(dim=1)
 
 
+def near(residuals: Tensor, usual: Tensor) -> Tensor:
+    """Weights (B, 1) in Cauchy's loss: 1 for residuals (B, d) far below `usual`, 1/2 there, 0 far above."""
+    return 1 / (1 + (residuals.norm(dim=1, keepdim=True) / usual).square())
+
+
 def _unknowns(start: Multistep) -> int:
     """Times, the scale and, where there are few evaluations, factors on the weights."""
-    return start.steps + (sum(map(sum, start.shapes())) if start.steps <= FEW else 0)
+    return start.places + (sum(map(sum, start.shapes())) if start.steps <= FEW else 0)
 
 
-def _fitted(start: Multistep, problem: _Problem, rounds: int, progress: Callable[[float], None]) -> Multistep:
-    """What the damped Gauss-Newton method finds from `start`."""
-    unknowns = torch.zeros(_unknowns(start), dtype=torch.float64)
-    identity = torch.eye(len(unknowns), dtype=torch.float64)
+class _Fit:
+    """What the damped Gauss-Newton method finds from `start`, a few rounds at a time.
 
-    def solved(changes: Iterable[Tensor]) -> Iterator[Tensor]:
-        for change in changes:
-            yield problem.attempt(start, unknowns + change, first=False)
-            progress(least)
+    Args:
+        progress: called after each solution with the median error that the round began with.
+    """
 
-    for _ in range(rounds):
+    def __init__(self, start: Multistep, problem: _Problem, progress: Callable[[float], None]):
+        self.start, self.problem, self.progress = start, problem, progress
+        self.unknowns = torch.zeros(_unknowns(start), dtype=torch.float64)
+        self.ended = False
+
+    def advance(self, rounds: int) -> Multistep:
+        """What is found after so many rounds more, or before, where one gains too little."""
+        for _ in range(rounds):
+            self.ended = self.ended or not self._round()
+        return _changed(self.start, self.unknowns)
+
+    def _round(self) -> bool:
+        """Whether another is worth while."""
+        problem, start, unknowns = self.problem, self.start, self.unknowns
         residuals = problem.attempt(start, unknowns)
-        errors = residuals.norm(dim=1)
-        least = _mean(errors)
-        if least == math.inf:
-            break
-        trust = errors.clamp_min(errors.median() / 4 + 1e-12).reciprocal()[:, None]
-        slopes = torch.stack([(trust * (residuals - r) / CHANGE).flatten() for r in solved(CHANGE * identity)])
-        curvature, downhill = slopes @ slopes.T, slopes @ (trust * residuals).flatten()
+        middle = residuals.norm(dim=1).median()
+        usual = TAIL * middle + 1e-12
+        loss = problem.loss(residuals, usual)
+        if loss == math.inf:
+            return False
+
+        def solved(changes: Iterable[Tensor]) -> Iterator[Tensor]:
+            for change in changes:
+                yield problem.attempt(start, unknowns + change, first=False)
+                self.progress(middle.item())
+
+        trust = near(residuals, usual)
+        unit = trust.sqrt() / (len(residuals) ** 0.5 * usual)
+
+        def weighted(residuals: Tensor) -> Tensor:
+            return torch.cat([(unit * residuals).flatten(-2), BIAS * problem.bias(trust * residuals)], -1)
+
+        identity = torch.eye(len(unknowns), dtype=torch.float64)
+        slopes = weighted(torch.stack([(residuals - r) / CHANGE for r in solved(CHANGE * identity)]))
+        curvature, downhill = slopes @ slopes.T, slopes @ weighted(residuals)
         curvature, downhill = curvature.cpu().double(), downhill.cpu().double()
         if not bool(curvature.isfinite().all()):
-            break
-        unit = curvature.diagonal().mean().clamp_min(1e-30) * identity
-        changes = [torch.linalg.solve(curvature + damping * unit, downhill) for damping in DAMPING]
-        means = [_mean(trial.norm(dim=1)) for trial in solved(changes)]
-        best = means.index(min(means))
-        if not means[best] < (1 - GAIN) * least:
-            break
-        unknowns = unknowns + changes[best]
-    return _changed(start, unknowns)
-
-
-def _mean(errors: Tensor) -> float:
-    """Geometric; infinite where one is not a number."""
-    return (errors + 1e-12).log().mean().exp().nan_to_num(math.inf, posinf=math.inf).item()
+            return False
+        size = curvature.diagonal().mean().clamp_min(1e-30) * identity
+        changes = [torch.linalg.solve(curvature + damping * size, downhill) for damping in DAMPING]
+        losses = [problem.loss(trial, usual) for trial in solved(changes)]
+        best = losses.index(min(losses))
+        if not loss - losses[best] > 2 * GAIN * (unit * residuals).square().sum().item():
+            return False
+        self.unknowns = unknowns + changes[best]
+        return True
 
 
 def _changed(start: Multistep, unknowns: Tensor) -> Multistep:
@@ -200,12 +257,12 @@ def _changed(start: Multistep, unknowns: Tensor) -> Multistep:
     by its logarithm, up to a factor of 3; factors by themselves.
     """
     left = 1 - torch.tensor(start.grid.shares, dtype=torch.float64)
-    ratios = (left[:-2] / left[1:-1] - 1) * unknowns[: start.steps - 1].exp()
+    ratios = (left[:-2] / left[1:-1] - 1) * unknowns[: start.places - 1].exp()
     shares = (0.0, *(1 - (1 / (1 + ratios)).cumprod(0)).tolist(), 1.0)
-    values, factors = iter((1 + unknowns[start.steps :]).tolist()), None
-    if len(unknowns) > start.steps:
+    values, factors = iter((1 + unknowns[start.places :]).tolist()), None
+    if len(unknowns) > start.places:
         factors = tuple(tuple(tuple(next(values) for _ in range(k)) for k in pair) for pair in start.shapes())
-    std = start.std * math.exp(min(max(unknowns[start.steps - 1].item(), -WANDER), WANDER))
+    std = start.std * math.exp(min(max(unknowns[start.places - 1].item(), -WANDER), WANDER))
     return replace(start, grid=replace(start.grid, shares=shares), std=std, factors=factors)
 
 
@@ -250,7 +307,7 @@ def tuned_sampler(checkpoint: str | Path, nfe: int) -> Multistep:
         if options.get("factors") is not None:
             options["factors"] = tuple(tuple(map(tuple, pair)) for pair in options["factors"])
         sampler = Multistep(**options, grid=grid)
-        if sampler.steps != nfe or (grid is not None and len(grid.shares) != nfe + 1):
+        if sampler.steps != nfe or (grid is not None and len(grid.shares) != sampler.places + 1):
             raise ValueError(f"it has {sampler.steps} steps for {nfe} evaluations")
         return sampler
     except (KeyError, TypeError, ValueError) as error:
