@@ -50,7 +50,10 @@ def data_std(model) -> float:
 
 
 def data_mean(model) -> Tensor | None:
-    """Mean of the data of a model, of the shape of one point, or None where it does not tell."""
+    """Mean of the data of a model, of the shape of one point, or None where it does not tell.
+
+    A model whose conditions move the mean has none to tell.
+    """
     return getattr(model, "data_mean", None)
 
 

@@ -15,8 +15,8 @@ from diffusion.samplers.base import Model, Velocity, whole
 from diffusion.samplers.on_arc import FINEST, SCALE, OnArc, heavy, hidden
 
 GAUSS, TINY = 12, 1e-300  # nodes of the rule for weights; sine at an angle that is 0 in float64
-FEW = 12  # evaluations up to which the order is 2
-FAR, WIDE = 50.0, 4.0  # noise of the prior, in std and in sqrt(d) std of the data, that leaves their mean to be seen
+LOW = 12  # evaluations up to which the order is 2
+HIDING, WIDE = 50.0, 4.0  # noise of the prior, in std and in sqrt(d) std of the data, that leaves their mean to be seen
 SMOOTH, KINKED = (0.0, 0.0, 0.0, 1.0), (0.25, 0.25, 0.85, 1.0)  # offsets of the sine for 1 to 4 slopes, by measurement
 
 
@@ -71,9 +71,10 @@ class Multistep(OnArc):
     any grid will do. The last step leads to t = 0, where the arc is regular. Only where the noise of a sample hides the
     data at t_min still (heavy tails) is it the field's estimate from an evaluation at t_min.
 
-    Where x at the horizon shows nothing but noise, and the model has a `data_mean`, no evaluation is spent there: the
-    velocity is that of data at their mean, but for a share std / T of their extent (Wang & Vastola 2024, arXiv
-    2412.09726, follow a Gaussian's for longer). So few evaluations are one more; many would see the difference.
+    Where x at the horizon shows hardly more than noise, and the model of an affine field has a `data_mean`, no
+    evaluation is spent there: the velocity is that of data at their mean. E[x0|x] differs from that by a share
+    alpha std / sigma of the std, along every axis (Wang & Vastola 2024, arXiv 2412.09726, follow a Gaussian's velocity
+    for longer). So few evaluations are one more; many would see the difference.
 
     The first steps know fewer slopes. Where there are many steps, or no corrector, their states are made again from the
     horizon on with all slopes known so far, so that they do not limit the order.
@@ -85,19 +86,19 @@ class Multistep(OnArc):
         denoise: end with the field's estimate from an evaluation at t_min, for every sample. Right where the data have
             no density (there the last step is wrong by about 1 % of their std), and for images of few grey levels;
             where they have one, steps are better spent earlier.
-        from_mean: take the velocity at the horizon from the model's data_mean. None is true up to 12 steps, where
-            neither order nor grid is given, the model has a data_mean, and the noise there is above 50 std and
-            4 sqrt(d) std.
         factors: on the weights of the slopes, for each step in the move up to its place and in that to the next, as
             many as there are weights (see `shapes`); diffusion.samplers.tune finds them. None is 1 everywhere.
+        from_mean: take the velocity at the horizon from the model's data_mean. None is true up to 12 steps, where no
+            order, grid or factors are given, the field is affine, the model has a data_mean, and the noise there is
+            above 50 std and 4 sqrt(d) std.
     """
 
     steps: int = 10
     order: int | None = None
     corrector: bool = True
     denoise: bool = False
-    from_mean: bool | None = None
     factors: Factors | None = None
+    from_mean: bool | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -146,7 +147,7 @@ class Multistep(OnArc):
 
     @property
     def places(self) -> int:
-        """Places on the arc with a slope of their own: those of evaluations, and the horizon where it needs none."""
+        """Places on the arc with a slope of their own: the evaluations, and the horizon where `from_mean` is true."""
         return self.steps + bool(self.from_mean)
 
     def starts_from_mean(self, model: Model, x: Tensor) -> bool:
@@ -157,23 +158,24 @@ class Multistep(OnArc):
         """Mean of the data (*shape), where it is to be used.
 
         Raises:
-            UserError: the model has none that could be used.
+            UserError: it is to be used, and is not known or not of the shape of a point.
         """
-        mean = data_mean(model)
-        if mean is None and self.from_mean:
-            raise UserError("sampler has from_mean=True, expected a model with data_mean; this one does not know it")
-        if mean is None or self.from_mean is False:
-            return None
-        if mean.shape != x.shape[1:]:
-            raise UserError(
-                f"data_mean of the model has shape {tuple(mean.shape)}, expected that of a point, {tuple(x.shape[1:])}"
-            )
+        mean, affine = data_mean(model), isinstance(model.field, AffineField)
         if self.from_mean is None:
-            if self.steps > FEW or not (self.order is self.grid is self.factors is None):
+            if mean is None or not affine or self.steps > LOW or not (self.order is self.grid is self.factors is None):
                 return None
             alpha, sigma = (c.item() for c in coefficients(model.field, torch.tensor([model.field.horizon])))
-            if sigma < alpha * self.data_std(model) * max(FAR, WIDE * x[0].numel() ** 0.5):
+            if sigma < alpha * self.data_std(model) * max(HIDING, WIDE * x[0].numel() ** 0.5):
                 return None
+        elif not self.from_mean:
+            return None
+        if mean is None or not affine:
+            missing = "a model with data_mean; give it one" if affine else "an affine field; take false"
+            raise UserError(f"sampler has from_mean=True, expected {missing}, or tune for this model if it was tuned")
+        if not isinstance(mean, Tensor) or mean.shape != x.shape[1:]:
+            found = f"shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else f"type {type(mean).__name__}"
+            expected = f"a tensor of the shape of a point, {tuple(x.shape[1:])}"
+            raise UserError(f"data_mean of the model has {found}, expected {expected}, or None")
         return mean
 
     def shapes(self) -> list[tuple[int, int]]:
@@ -226,7 +228,7 @@ class Multistep(OnArc):
 
     def _slopes(self) -> int:
         """How many a step is extended from."""
-        return self.order or (2 if self.steps <= FEW else 3 if self.steps < 25 else 4)
+        return self.order or (2 if self.steps <= LOW else 3 if self.steps < 25 else 4)
 
     def _refines(self, n: int, places: int) -> bool:
         """Whether the n-th state is made again from the horizon on."""

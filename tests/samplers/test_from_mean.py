@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import FIELDS, names
+from problems import AFFINE, FIELDS, names
 from reference import BUILD, error, solved
 
 from diffusion import Generator
@@ -37,12 +37,9 @@ def knowing(model):
     return Known(model, model.weights @ model.means)
 
 
-@pytest.mark.parametrize("case", **names([case for case in FIELDS if case.name != "radial_narrowing"]))
+@pytest.mark.parametrize("case", **names(AFFINE))
 def test_it_is_the_velocity_of_data_at_their_mean(case):
-    """For a single data point it is exact: the sampler is that with an evaluation more.
-
-    Few steps lead out of where the lines of radial_narrowing are, and its velocity is not finite there.
-    """
+    """For a single data point it is exact: the sampler is that with an evaluation more."""
     field = case.build()
     model = OnePoint(field, torch.full((case.dim,), 0.4, dtype=torch.float64))
     x_T = field.sample_prior((5, case.dim), torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -75,6 +72,15 @@ def test_otherwise_the_horizon_is_evaluated(options):
     assert sampler(model, x_T).equal(sampler(model.model, x_T))
     assert max(model.times) == model.field.horizon
     assert not sampler.starts_from_mean(model, x_T)
+
+
+@pytest.mark.parametrize("case", **names([case for case in FIELDS if case not in AFFINE]))
+def test_fields_whose_velocity_is_not_linear_in_the_data_are_evaluated(case, user_error):
+    """The velocity of data at their mean is not the mean of their velocities there."""
+    model, x = OnePoint(case.build(), torch.zeros(case.dim)), torch.ones(2, case.dim)
+    assert not Multistep(6).starts_from_mean(model, x)
+    with user_error("from_mean=True", "affine field"):
+        Multistep(6, from_mean=True).starts_from_mean(model, x)
 
 
 def test_data_of_many_coordinates_may_be_seen_from_farther():
@@ -117,7 +123,9 @@ def test_what_cannot_be_taken_is_an_error(user_error):
     problem = solved("linear")
     with user_error("from_mean=True", "data_mean"):
         Multistep(6, from_mean=True)(problem.model, problem.x_T)
-    with user_error("data_mean", "(3,)", "(2,)"):
-        Multistep(6)(Known(problem.model, torch.zeros(3)), problem.x_T)
+    for mean, found in ((torch.zeros(3), "(3,)"), ([0.0, 0.0], "list")):
+        with user_error("data_mean", found, "(2,)"):
+            Multistep(6)(Known(problem.model, mean), problem.x_T)
+        Multistep(30)(Known(problem.model, mean), problem.x_T)  # asks for none
     with user_error("from_mean=1", "true, false or null"):
         Multistep(6, from_mean=1)
