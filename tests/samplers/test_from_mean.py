@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import yaml
 from problems import AFFINE, FIELDS, names
 from reference import BUILD, error, solved
 
@@ -105,6 +106,17 @@ def test_tuning_takes_it_and_a_file_keeps_it(tmp_path):
     assert len(model.times) == 4 and max(model.times) < model.field.horizon
     store_tuned(tmp_path, Tuned(found.sampler, 0.1, 0.2))
     assert tuned_sampler(tmp_path, 4) == found.sampler
+
+
+def test_a_file_of_before_samples_as_it_was_tuned_to(tmp_path):
+    """It does not say where from, and evaluates the horizon."""
+    sampler = Multistep(4, 2, grid=BandGrid(0.1, 2.0, (0.0, 0.2, 0.5, 0.8, 1.0)), std=0.6)
+    path = store_tuned(tmp_path, Tuned(sampler, 0.1, 0.2))
+    entries = yaml.safe_load(path.read_text())
+    del entries[4]["sampler"]["from_mean"]
+    path.write_text(yaml.safe_dump(entries))
+    model, x_T = knowing(solved("linear").model), solved("linear").x_T
+    assert tuned_sampler(tmp_path, 4)(model, x_T).equal(sampler(model.model, x_T))
 
 
 def test_generators_and_data_sets_know_their_mean():
