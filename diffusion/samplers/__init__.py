@@ -19,7 +19,8 @@ from diffusion.samplers.stochastic import (
     Stochastic,
     StochasticSampler,
 )
-from diffusion.samplers.tuning import Tuned, store_tuned, tune, tuned_sampler
+from diffusion.samplers.tuned import Tuned, store_tuned, tuned_sampler
+from diffusion.samplers.tuning import tune
 
 __all__ = [
     "Adaptive",

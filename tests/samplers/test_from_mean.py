@@ -10,7 +10,7 @@ from diffusion import Generator
 from diffusion.fields import EmpiricalField, radial_gravity, variance_exploding
 from diffusion.networks import MLP
 from diffusion.samplers import BandGrid, Counted, Multistep, tune
-from diffusion.samplers.tuning import Tuned, store_tuned, tuned_sampler
+from diffusion.samplers.tuned import Tuned, store_tuned, tuned_sampler
 
 
 class Known:

@@ -289,6 +289,13 @@ def test_samples_have_the_mean_and_the_extent_of_the_exact_ones(monkeypatch):
     assert biases[0] < 0.6 * biases[1]
 
 
+def test_rounds_go_on_from_what_the_last_have_found():
+    model, problem = problem_of(16, linear(2))
+    once, twice = (_Fit(flat(model, 4), problem, lambda error: None) for _ in range(2))
+    first = twice.advance(1)
+    assert twice.advance(2) == once.advance(3) != first
+
+
 def test_a_round_moves_every_unknown():
     """One without a derivative would stay, and the others make up for it."""
     model = mixture(gravity(2))
