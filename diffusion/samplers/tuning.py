@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion.conditions import of_points
 from diffusion.errors import UserError
 from diffusion.samplers.arc import data_mean, data_std
 from diffusion.samplers.base import Model, state_dtype
@@ -21,8 +22,8 @@ TRAJECTORIES, RESIDUALS = 128, 1024  # at least; coordinates of all of them toge
 TAIL = 4.0  # median errors; larger errors count less and less: near a border between modes a sample may end in either
 BIAS, AXES = 100.0, 8  # weight of a bias in units of the data's std; main axes of the data along which it is looked at
 CHANGE = 0.01  # of an unknown, for its derivative
-DAMPING = tuple(10.0**power for power in range(-5, 3))  # of a round; the best is taken
-RACE = 3  # rounds after which one order alone goes on
+DAMPING = tuple(10.0**power for power in range(-5, 3))  # of a first round, later those next to the last; best is taken
+RACE, PART, LEAST = 3, 4, 32  # rounds of each order, on every fourth trajectory, or more than that: on so many
 WANDER = math.log(3)  # of the scale's logarithm; leaves 5 / 3 of the ratio that a sampler warns of, on_arc.FAR
 GAIN = 0.02  # share of all errors that a round must take away to be followed by another, or as much of the loss
 FAILURES = (UserError, OverflowError, torch.linalg.LinAlgError)  # of steps too long for the model, or for numbers
@@ -33,7 +34,7 @@ def tune(
     draw: Callable[[int, torch.Generator], tuple[Tensor, dict]],
     nfe: int,
     trajectories: int | None = None,
-    rounds: int = 8,
+    rounds: int = 4,
     seed: int = 0,
     denoise: bool = False,
     progress: Callable[[int, int, float], None] = lambda done, total, error: None,
@@ -48,16 +49,17 @@ def tune(
     counts 100 times; below 5 evaluations it is most of the sum.
 
     That is done by the damped Gauss-Newton method (Levenberg 1944), from even gaps on. Derivatives are differences: a
-    round costs about half a solution for each unknown, which leaves alone what comes before it. The order is 2 or 3 up
-    to 10 evaluations, 2 or 4 beyond: the one with the smaller loss after 3 rounds.
+    round costs about half a solution for each unknown, which leaves alone what comes before it. So most of the way is
+    gone on a quarter of the trajectories. There two orders race, 2 and 3 up to 10 evaluations, 2 and 4 beyond: the one
+    whose loss over all trajectories is smaller after 3 rounds goes on with all of them.
 
     Args:
         model: has `velocity` and `field`.
         draw: draw(number, generator) -> prior draws (number, *shape) and the conditions that go with them.
         nfe: evaluations, 2 or more.
-        trajectories: number to tune on; four times as many fresh ones are drawn to report on. None is 128, or as many
-            as have 1024 coordinates together.
-        rounds: at most; they end where one gains no more than errors that all fall by 2 %.
+        trajectories: number to tune on; twice as many fresh ones are drawn to report on. None is 128, or as many as
+            have 1024 coordinates together.
+        rounds: on all trajectories, at most; they end where one gains no more than errors that all fall by 2 %.
         denoise: tune a sampler that ends with the field's estimate at t_min (see Multistep).
         progress: called after each solution with how many there have been, how many there may be, and the median error.
 
@@ -75,21 +77,22 @@ def tune(
     if trajectories is None:
         trajectories = max(TRAJECTORIES, math.ceil(RESIDUALS / draw(1, torch.Generator())[0].numel()))
     fine = replace(REFERENCE, denoise=denoise)
-    problem = _Problem(model, fine, *draw(trajectories, generator))
+    problem = _Problem.solved(model, fine, *draw(trajectories, generator))
     default = Multistep(nfe, denoise=denoise)
     plain = replace(default, from_mean=default.starts_from_mean(model, problem.x_T), std=default.data_std(model))
     even = tuple(torch.linspace(0, 1, plain.places + 1, dtype=torch.float64).tolist())
     grid = replace(default.default_grid(model, problem.x_T), shares=even)
     orders = sorted({min(order, plain.places - 1) for order in ((2, 3) if nfe <= FEW else (2, 4))})
     starts = [replace(plain, order=order, grid=grid) for order in orders]
-    race, each = min(RACE, rounds), [_unknowns(start) + len(DAMPING) for start in starts]
-    total, done = race * sum(each) + (rounds - race) * max(each), itertools.count(1)
-    fits = [_Fit(start, problem, lambda error: progress(next(done), total, error)) for start in starts]
-    first = [problem.attempt(fit.advance(race)) for fit in fits]
+    race, rest = (sum(_solutions(start, RACE) for start in starts), max(_solutions(start, rounds) for start in starts))
+    done = itertools.count(1)
+    fits = [_Fit(start, lambda error: progress(next(done), race + rest, error)) for start in starts]
+    part = problem.part(max(1, min(PART, trajectories // LEAST)))
+    first = [problem.attempt(fit.advance(part, RACE)) for fit in fits]
     usual = TAIL * min(residuals.norm(dim=1).median() for residuals in first) + 1e-12
     losses = [problem.loss(residuals, usual) for residuals in first]
-    found = fits[losses.index(min(losses))].advance(rounds - race)
-    fresh = _Problem(model, fine, *draw(4 * trajectories, generator))
+    found = fits[losses.index(min(losses))].advance(problem, rounds)
+    fresh = _Problem.solved(model, fine, *draw(2 * trajectories, generator))
     errors = [fresh.attempt(sampler).norm(dim=1).median().item() for sampler in (default, found)]
     if min(errors) == math.inf:
         fresh.errors(default)  # says what is wrong
@@ -121,11 +124,10 @@ class _Kept:
 
 
 class _Problem:
-    """Prior draws and where the ODE leads from them, by a fine solution."""
+    """Prior draws and where the ODE leads from them."""
 
-    def __init__(self, model: Model, fine: Multistep, x_T: Tensor, conditions: dict):
-        self.model, self.x_T, self.conditions = _Kept(model), x_T.to(state_dtype(x_T.device)), conditions
-        self.x_0 = fine(model, self.x_T, **conditions)
+    def __init__(self, model: Model, x_T: Tensor, conditions: dict, x_0: Tensor):
+        self.model, self.x_T, self.conditions, self.x_0 = _Kept(model), x_T, conditions, x_0
         ends = self.x_0.flatten(1) / self.x_0[0].numel() ** 0.5
         gaps = ends - ends.mean(0)
         squares, parts = torch.linalg.eigh((gaps @ gaps.T).cpu().double())
@@ -133,6 +135,18 @@ class _Problem:
         self.parts = parts[:, main].to(gaps)
         self.axes = gaps.T @ self.parts / squares[main].sqrt().to(gaps)
         self.std = gaps.square().sum(1).mean().sqrt().clamp_min(1e-12)
+
+    @classmethod
+    def solved(cls, model: Model, fine: Multistep, x_T: Tensor, conditions: dict) -> "_Problem":
+        """By a fine solution."""
+        x_T = x_T.to(state_dtype(x_T.device))
+        return cls(model, x_T, conditions, fine(model, x_T, **conditions))
+
+    def part(self, every: int) -> "_Problem":
+        """That of the first of so many draws each time."""
+        index = torch.arange(0, len(self.x_T), every, device=self.x_T.device)
+        conditions = of_points(self.conditions, index, len(self.x_T))
+        return _Problem(self.model.model, self.x_T[index], conditions, self.x_0[index])
 
     def residuals(self, sampler: Multistep, first: bool = True) -> Tensor:
         """(B, d), in units that make a row's norm its root mean square.
@@ -181,6 +195,11 @@ def _unknowns(start: Multistep) -> int:
     return start.places + (sum(map(sum, start.shapes())) if start.steps <= FEW else 0)
 
 
+def _solutions(start: Multistep, rounds: int) -> int:
+    """How many `rounds` need at most."""
+    return rounds * (_unknowns(start) + 3) + len(DAMPING) - 3
+
+
 class _Fit:
     """What the damped Gauss-Newton method finds from `start`, a few rounds at a time.
 
@@ -188,20 +207,20 @@ class _Fit:
         progress: called after each solution with the median error that the round began with.
     """
 
-    def __init__(self, start: Multistep, problem: _Problem, progress: Callable[[float], None]):
-        self.start, self.problem, self.progress = start, problem, progress
+    def __init__(self, start: Multistep, progress: Callable[[float], None]):
+        self.start, self.progress, self.dampings = start, progress, DAMPING
         self.unknowns = torch.zeros(_unknowns(start), dtype=torch.float64)
-        self.ended = False
 
-    def advance(self, rounds: int) -> Multistep:
+    def advance(self, problem: _Problem, rounds: int) -> Multistep:
         """What is found after so many rounds more, or before, where one gains too little."""
         for _ in range(rounds):
-            self.ended = self.ended or not self._round()
+            if not self._round(problem):
+                break
         return _changed(self.start, self.unknowns)
 
-    def _round(self) -> bool:
+    def _round(self, problem: _Problem) -> bool:
         """Whether another is worth while."""
-        problem, start, unknowns = self.problem, self.start, self.unknowns
+        start, unknowns = self.start, self.unknowns
         residuals = problem.attempt(start, unknowns)
         middle = residuals.norm(dim=1).median()
         usual = TAIL * middle + 1e-12
@@ -221,19 +240,21 @@ class _Fit:
             return torch.cat([(unit * residuals).flatten(-2), BIAS * problem.bias(trust * residuals)], -1)
 
         identity = torch.eye(len(unknowns), dtype=torch.float64)
-        slopes = weighted(torch.stack([(residuals - r) / CHANGE for r in solved(CHANGE * identity)]))
+        slopes = torch.stack([weighted((residuals - changed) / CHANGE) for changed in solved(CHANGE * identity)])
         curvature, downhill = slopes @ slopes.T, slopes @ weighted(residuals)
         curvature, downhill = curvature.cpu().double(), downhill.cpu().double()
         if not bool(curvature.isfinite().all()):
             return False
         size = curvature.diagonal().mean().clamp_min(1e-30) * identity
-        changes = [torch.linalg.solve(curvature + damping * size, downhill) for damping in DAMPING]
+        changes = [torch.linalg.solve(curvature + damping * size, downhill) for damping in self.dampings]
         losses = [problem.loss(trial, usual) for trial in solved(changes)]
-        best = losses.index(min(losses))
-        if not loss - losses[best] > 2 * GAIN * (unit * residuals).square().sum().item():
+        gain = loss - min(losses)
+        if not gain > 0:
             return False
-        self.unknowns = unknowns + changes[best]
-        return True
+        best = losses.index(min(losses))
+        self.unknowns, middle = unknowns + changes[best], DAMPING.index(self.dampings[best])
+        self.dampings = DAMPING[max(0, middle - 1) : middle + 2]
+        return gain > 2 * GAIN * (unit * residuals).square().sum().item()
 
 
 def _changed(start: Multistep, unknowns: Tensor) -> Multistep:
