@@ -84,9 +84,9 @@ def tune(
     grid = replace(default.default_grid(model, problem.x_T), shares=even)
     orders = sorted({min(order, plain.places - 1) for order in ((2, 3) if nfe <= FEW else (2, 4))})
     starts = [replace(plain, order=order, grid=grid) for order in orders]
-    race, rest = (sum(_solutions(start, RACE) for start in starts), max(_solutions(start, rounds) for start in starts))
+    total = sum(_solutions(start, RACE) for start in starts) + max(_solutions(start, rounds) for start in starts)
     done = itertools.count(1)
-    fits = [_Fit(start, lambda error: progress(next(done), race + rest, error)) for start in starts]
+    fits = [_Fit(start, lambda error: progress(next(done), total, error)) for start in starts]
     part = problem.part(max(1, min(PART, trajectories // LEAST)))
     first = [problem.attempt(fit.advance(part, RACE)) for fit in fits]
     usual = TAIL * min(residuals.norm(dim=1).median() for residuals in first) + 1e-12
@@ -208,11 +208,12 @@ class _Fit:
     """
 
     def __init__(self, start: Multistep, progress: Callable[[float], None]):
-        self.start, self.progress, self.dampings = start, progress, DAMPING
+        self.start, self.progress = start, progress
         self.unknowns = torch.zeros(_unknowns(start), dtype=torch.float64)
 
     def advance(self, problem: _Problem, rounds: int) -> Multistep:
         """What is found after so many rounds more, or before, where one gains too little."""
+        self.dampings = DAMPING
         for _ in range(rounds):
             if not self._round(problem):
                 break
@@ -252,8 +253,8 @@ class _Fit:
         if not gain > 0:
             return False
         best = losses.index(min(losses))
-        self.unknowns, middle = unknowns + changes[best], DAMPING.index(self.dampings[best])
-        self.dampings = DAMPING[max(0, middle - 1) : middle + 2]
+        self.unknowns, place = unknowns + changes[best], DAMPING.index(self.dampings[best])
+        self.dampings = DAMPING[max(0, place - 1) : place + 2]
         return gain > 2 * GAIN * (unit * residuals).square().sum().item()
 
 
