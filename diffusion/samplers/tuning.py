@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -159,9 +160,14 @@ class _Problem:
         return away / away.shape[1] ** 0.5
 
     def attempt(self, start: Multistep, unknowns: Tensor | None = None, first: bool = True) -> Tensor:
-        """`residuals` with the unknowns changed; infinite where there is no such sampler or it fails."""
+        """`residuals` with the unknowns changed; infinite where there is no such sampler or it fails.
+
+        That a trial is inaccurate is no news, so that its warnings are not shown.
+        """
         try:
-            return self.residuals(start if unknowns is None else _changed(start, unknowns), first)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return self.residuals(start if unknowns is None else _changed(start, unknowns), first)
         except FAILURES:
             return torch.full_like(self.x_0.flatten(1), math.inf)
 

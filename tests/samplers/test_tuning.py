@@ -253,6 +253,17 @@ def test_a_trial_that_is_no_sampler_is_passed_over(size, monkeypatch):
     assert tuned.error <= tuned.default_error
 
 
+def test_a_trial_that_is_far_off_warns_nobody(recwarn):
+    """Its samples lie outside the data, of which a sampler warns by itself."""
+    model, problem = problem_of()
+    start, unknowns = flat(model, 4), torch.zeros(4 + sum(map(sum, flat(model, 4).shapes())), dtype=torch.float64)
+    unknowns[4:] = 100.0
+    with pytest.warns(UserWarning, match="the samples have a std"):
+        problem.residuals(_changed(start, unknowns))
+    assert problem.attempt(start, unknowns).norm() > 100
+    assert not recwarn
+
+
 def test_progress_is_told_of_every_solution(found):
     model, told = mixture(linear(2)), []
     tune(model, draws(model), 2, trajectories=4, rounds=2, progress=lambda *state: told.append(state))
