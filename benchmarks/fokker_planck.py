@@ -218,6 +218,24 @@ def galerkin_error(solution, exact) -> float:
 def orders() -> dict[str, Any]:
     """Orders in space and time, and Galerkin errors by the number of functions."""
     found: dict[str, Any] = {}
+    swinging = FokkerPlanck(
+        lambda x, t: 2 * (4 * t)[:, None].cos() - (1 + 0.5 * (5 * t)[:, None].sin()) * x,
+        lambda x, t: 1 + 0.5 * (3 * t).sin(),
+    )
+    x = torch.linspace(-4.0, 4.0, 401, dtype=torch.float64)[:, None]
+
+    def by_grid(steps: int) -> torch.Tensor:
+        solver = GridSolver(swinging, [(-6.0, 6.0)], 128)
+        return solver.solve(problems.gaussian(0.5, 0.7), [0.0, 1.0], steps=steps, tolerance=1.0).density[-1]
+
+    def by_galerkin(steps: int) -> torch.Tensor:
+        solver = GalerkinSolver(swinging, [Hermite(32, 0.0, 0.9)])
+        return solver.solve(problems.gaussian(0.5, 0.7), [0.0, 1.0], steps=steps, tolerance=1.0).density(x)
+
+    for kind, end in (("grid", by_grid), ("galerkin", by_galerkin)):
+        sizes, fine = [16, 32, 64], end(512)
+        errors = [float((end(steps) - fine).abs().mean()) for steps in sizes]
+        found[f"{kind} in time"] = {"sizes": sizes, "errors": errors, "orders": peers.convergence(errors, sizes)}
     for name in ("ornstein_uhlenbeck, d = 1", "double_well, d = 1", "variance_preserving, d = 1"):
         study, sizes = STUDIES[name](), [64, 128, 256, 512]
         errors = []

@@ -17,6 +17,7 @@ BOUNDARIES = ("reflecting", "absorbing", "periodic")
 USUAL_CELLS = {1: 256, 2: 128, 3: 48}
 START_POINTS = {1: 4, 2: 3, 3: 2}  # Gauss points an axis, for the cell averages of a law
 AT_ONCE = 1_000_000  # points
+CELLS_HOLD = 1e-7  # by which the mass of a law may differ from 1 before more points are taken
 
 
 class Neighbours(NamedTuple):
@@ -74,13 +75,17 @@ class Box:
             raise UserError(f"cells is {cells!r}, expected whole numbers") from None
         if len(self.cells) != self.dim or min(self.cells) < 3:
             raise UserError(f"cells is {cells}, expected at least 3 for each of the {self.dim} coordinates")
-        self.boundary = (boundary,) * self.dim if isinstance(boundary, str) else tuple(boundary)
+        several = isinstance(boundary, Sequence) and not isinstance(boundary, str)
+        self.boundary = tuple(boundary) if several else (boundary,) * self.dim
         if len(self.boundary) != self.dim or any(word not in BOUNDARIES for word in self.boundary):
             raise UserError(
                 f"boundary is {boundary!r}, expected one of {', '.join(BOUNDARIES)}, for all or each of the "
                 f"{self.dim} coordinates"
             )
-        self.device = torch.device(device or "cpu")
+        try:
+            self.device = torch.device(device or "cpu")
+        except (RuntimeError, TypeError):
+            raise UserError(f"device is {device!r}, expected one such as 'cpu' or 'cuda'") from None
         self.number = math.prod(self.cells)
         self.widths = tuple((high - low) / n for (low, high), n in zip(self.domain, self.cells, strict=True))
         self.volume = math.prod(self.widths)
@@ -140,7 +145,13 @@ class Box:
 
     def averages(self, log_prob) -> Tensor:
         """Means (n,) over the cells of the density exp(log_prob(x)), by Gauss and Legendre's rule."""
-        places, shares = cell_rule(self.dim, self.device)
+        total = self._averages(log_prob, START_POINTS[self.dim])
+        if self.dim == 3 and not abs(float(total.sum()) * self.volume - 1) < CELLS_HOLD:  # perhaps for want of points
+            total = self._averages(log_prob, 2 * START_POINTS[self.dim])
+        return total
+
+    def _averages(self, log_prob, points: int) -> Tensor:
+        places, shares = cell_rule(self.dim, points, self.device)
         steps, many, total = self.spacing * places, max(1, AT_ONCE // self.number), 0.0
         for k in range(0, len(shares), many):
             x = (self.centres + steps[k : k + many, None]).reshape(-1, self.dim)
@@ -200,9 +211,9 @@ def gauss(points: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache
-def cell_rule(dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Nodes (N, d) in [-1/2, 1/2]^d and weights (N,) of means over a cell."""
-    nodes, weights = (torch.from_numpy(v).to(device) / 2 for v in gauss(START_POINTS[dim]))
+def cell_rule(dim: int, points: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Nodes (N, d) in [-1/2, 1/2]^d and weights (N,) of means over a cell, with so many points along each axis."""
+    nodes, weights = (torch.from_numpy(v).to(device) / 2 for v in gauss(points))
     places = torch.cartesian_prod(*[nodes] * dim).reshape(-1, dim)
     return places, torch.cartesian_prod(*[weights] * dim).reshape(len(places), -1).prod(1)
 
@@ -220,3 +231,11 @@ def line_rule(points: int, device: torch.device | str = "cpu") -> tuple[Tensor, 
     integrals = nodes[:, None] ** (powers + 1) / (powers + 1)
     integrals = torch.linalg.solve(values, integrals, left=False)
     return nodes.to(device), weights.to(device), integrals.to(device)
+
+
+@lru_cache
+def off_line(points: int, device: torch.device | str = "cpu") -> Tensor:
+    """The matrix that leaves of values (m, points) at the nodes of `line_rule` what no linear function has."""
+    nodes = line_rule(points, device)[0]
+    basis, _ = torch.linalg.qr(torch.stack([torch.ones_like(nodes), nodes], 1))
+    return torch.eye(points, dtype=torch.float64, device=device) - basis @ basis.mT

@@ -279,8 +279,8 @@ class FokkerPlanck:
                 return of_number
             except UserError as error:
                 reasons.append(error)
-            except (RuntimeError, IndexError, TypeError, ValueError) as error:
-                reason = (str(error) or type(error).__name__).splitlines()[0]
+            except Exception as error:  # whatever the user's function raises
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 reasons.append(
                     UserError(f"{name}(x, t) fails for x {tuple(probe.shape)}, expected torch operations: {reason}")
                 )

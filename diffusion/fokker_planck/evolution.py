@@ -64,7 +64,10 @@ def rising(times: Sequence[float] | Tensor) -> list[float]:
     Raises:
         UserError: there are none, or they do not rise or are not finite.
     """
-    times = torch.as_tensor(times, dtype=torch.float64).reshape(-1).tolist()
+    try:
+        times = torch.as_tensor(times, dtype=torch.float64).reshape(-1).tolist()
+    except (TypeError, ValueError):
+        raise UserError(f"times are {times!r}, expected rising finite numbers, the first that of the start") from None
     rises = all(later > earlier for earlier, later in itertools.pairwise(times))
     if not times or not rises or not all(map(math.isfinite, times)):
         raise UserError(f"times are {times}, expected rising finite numbers, the first that of the start")

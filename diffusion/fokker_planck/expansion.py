@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -24,15 +25,6 @@ class Expansion(NamedTuple):
 
     product: Product
     log_chi: Callable[[Tensor], Tensor]
-
-    def density(self, coefficients: Tensor, steady: float, x: Tensor) -> Tensor:
-        """p (M,) at `x` (M, d); 0 outside the domain."""
-        log_chi = self.log_chi(x)
-        chi = log_chi.exp()
-        value = chi * self.product.evaluate(coefficients, x)
-        if steady:
-            value = value + steady * chi.square()
-        return torch.where(self.product.holds(x), value, 0.0)
 
 
 @dataclass(frozen=True)
@@ -112,10 +104,23 @@ class GalerkinSolution:
 
     def density(self, x: Tensor, k: int = -1) -> Tensor:
         """p (M,) at the points `x` (M, d) and the time of number k; 0 outside the domain."""
-        dim = self.expansion.product.dim
-        if x.dim() != 2 or x.shape[1] != dim:
-            raise UserError(f"points have shape {tuple(x.shape)}, expected (M, {dim})")
-        return self.expansion.density(self.coefficients[k], self.steady, x.to(self.values))
+        product = self.expansion.product
+        if x.dim() != 2 or x.shape[1] != product.dim:
+            raise UserError(f"points have shape {tuple(x.shape)}, expected (M, {product.dim})")
+        x, (log_chi, coefficients) = x.to(self.values), self._between_nodes
+        return torch.where(product.holds(x), log_chi(x).exp() * product.evaluate(coefficients[k], x), 0.0)
+
+    @cached_property
+    def _between_nodes(self) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """log chi and c of p = chi sum_k c_k phi_k, for places between the nodes.
+
+        In the symmetrised form chi is 1: p / sqrt(pi) may be so large where p is next to nothing that its expansion is
+        of use at the nodes alone.
+        """
+        product = self.expansion.product
+        if self.steady:
+            return lambda x: x.new_zeros(len(x)), product.to_modes(self.values * self.weights.sqrt())
+        return self.expansion.log_chi, self.coefficients
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Means (K, d) and covariances (K, d, d), by the weights of the nodes."""
@@ -133,11 +138,10 @@ class GalerkinSolution:
         """
         product = self.expansion.product
         fine = Product([b.of_order(min(2 * b.order, MOST - 1)) for b in product.bases], device=self.values.device)
-        numbers = self.coefficients
+        log_chi, numbers = self._between_nodes
         for axis, (basis, nodes) in enumerate(zip(product.bases, fine.nodes, strict=True)):
             numbers = along(basis.functions(nodes), numbers, axis)
-        chi = self.expansion.log_chi(fine.points).exp()
-        values = chi * (numbers.reshape(len(numbers), -1) + self.steady * chi)
+        values = log_chi(fine.points).exp() * numbers.reshape(len(numbers), -1)
         weights = fine.roots.square()
         return PositiveDensity(self, values.clamp_min(0) @ weights, (-values).clamp_min(0) @ weights)
 

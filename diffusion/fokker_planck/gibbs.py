@@ -73,10 +73,10 @@ class GibbsRoot:
         points, before = 12, self._integral(self._some, 12)
         while points < 800:
             points, after = 2 * points, self._integral(self._some, 2 * points)
-            if float((after - before).abs().max()) < 1e-12 * max(1.0, float(after.abs().max())):
+            error = float((after - before).abs().max())
+            if error < 1e-12 * max(1.0, float(after.abs().max())):
                 return points // 2
             before = after
-        error = float((after - before).abs().max())
         raise UserError(f"the potential cannot be integrated: {points} points on a line leave an error of {error:.2g}")
 
     def _check_curl(self) -> None:

@@ -207,6 +207,8 @@ class GridSolver:
         """Densities (B, n), and whether there is no B."""
         cells = self.box.cells
         if not isinstance(start, Tensor):
+            if not hasattr(start, "log_prob"):
+                raise UserError(f"the start is {start!r}, expected a law with log_prob, or densities {cells}")
             return self.density(start).reshape(1, -1), True
         if tuple(start.shape[-len(cells) :]) != cells or start.dim() > len(cells) + 1 or start.numel() == 0:
             raise UserError(f"the start has shape {tuple(start.shape)}, expected {cells} or (B, {str(cells)[1:]}")

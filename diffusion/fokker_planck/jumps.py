@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.fokker_planck.box import Box, line_rule
+from diffusion.fokker_planck.box import Box, line_rule, off_line
 from diffusion.fokker_planck.equation import FokkerPlanck, act
 from diffusion.fokker_planck.selling import selling
 
@@ -35,15 +35,19 @@ class Jumps:
         rates: for each offset e: (2, n), from x to x + e and from x + e to x; 0 where x + e is no cell.
         lost: (n,), through absorbing faces.
         way: (d, n), the same times the way from the centre to the face.
+        swings: (n,), by how much what drives the jumps differs, on the way from one cell to the next, from the nearest
+            linear function, next to itself or to the noise of a cell; large where it is not resolved.
     """
 
     rates: dict[Offset, Tensor]
     lost: Tensor
     way: Tensor
+    swings: Tensor
 
     def scaled(self, factor: float) -> "Jumps":
         """All rates times a factor."""
-        return Jumps({e: factor * rates for e, rates in self.rates.items()}, factor * self.lost, factor * self.way)
+        rates = {e: factor * rates for e, rates in self.rates.items()}
+        return Jumps(rates, factor * self.lost, factor * self.way, self.swings)
 
 
 def mean_jumps(weights: Sequence[float], parts: Sequence[Jumps]) -> Jumps:
@@ -55,7 +59,8 @@ def mean_jumps(weights: Sequence[float], parts: Sequence[Jumps]) -> Jumps:
         for e, values in part.rates.items():
             rates[e] = rates[e] + weight * values if e in rates else weight * values
     lost = sum(weight * part.lost for weight, part in zip(weights, parts, strict=True))
-    return Jumps(rates, lost, sum(weight * part.way for weight, part in zip(weights, parts, strict=True)))
+    way = sum(weight * part.way for weight, part in zip(weights, parts, strict=True))
+    return Jumps(rates, lost, way, torch.stack([part.swings for part in parts]).amax(0))
 
 
 def jumps_at(equation: FokkerPlanck, box: Box, time: Tensor | float, stacklevel: int = 2) -> Jumps:
@@ -71,11 +76,14 @@ def jumps_at(equation: FokkerPlanck, box: Box, time: Tensor | float, stacklevel:
     rates: dict[Offset, Tensor] = {}
     lost = torch.zeros(box.number, dtype=torch.float64, device=box.device)
     way = torch.zeros(box.dim, box.number, dtype=torch.float64, device=box.device)
+    swings = torch.zeros(box.number, dtype=torch.float64, device=box.device)
     for e in lines.offsets:
         found = box.neighbours(e)
         rates[e] = torch.zeros(2, box.number, dtype=torch.float64, device=box.device)
         if found.ends.numel():
-            rates[e].index_copy_(1, found.ends[0], lines.between(e, found.ends).detach())
+            both, swing = lines.between(e, found.ends)
+            rates[e].index_copy_(1, found.ends[0], both.detach())
+            swings[found.ends[0]] = torch.maximum(swings[found.ends[0]], swing.detach())
         for sign in (1, -1) if "absorbing" in box.boundary else ():
             signed = tuple(sign * step for step in e)
             out = box.neighbours(signed)
@@ -84,13 +92,18 @@ def jumps_at(equation: FokkerPlanck, box: Box, time: Tensor | float, stacklevel:
                 lost[out.lost] += leaving
                 vector = box.spacing * torch.tensor(signed, dtype=torch.float64, device=box.device)
                 way[:, out.lost] += vector[:, None] * (leaving * out.fraction)
-    return Jumps(rates, lost, way)
+    return Jumps(rates, lost, way, swings)
 
 
 def both_ways(w: Tensor) -> Tensor:
     """b(-w) and b(w), (2, m), with b(w) = w / (exp(w) - 1), which is 1 at 0."""
     size = w.abs().clamp_min(TINY)
     return size / torch.expm1(size) + torch.stack([w, -w]).clamp_min(0)
+
+
+def _swing(slope: Tensor) -> Tensor:
+    """By how much slopes (m, POINTS) differ from the nearest linear function, next to themselves and 1, (m,)."""
+    return (slope @ off_line(POINTS, slope.device)).abs().amax(1) / (1 + slope.abs().amax(1))
 
 
 class _Axes:
@@ -102,16 +115,16 @@ class _Axes:
         self.half = self._half(a)
         self.offsets = [tuple(int(i == j) for j in range(box.dim)) for i in range(box.dim)]
 
-    def between(self, e: Offset, ends: Tensor) -> Tensor:
-        """Both rates (2, m) of the lines from one cell to another, (2, m)."""
+    def between(self, e: Offset, ends: Tensor) -> tuple[Tensor, Tensor]:
+        """Both rates (2, m) of the lines from one cell to another, (2, m), and by how much each swings (m,)."""
         axis = e.index(1)
-        w, correction, usual = self._line(ends[0], axis, 1.0)
-        return self._own(ends, axis, usual) * both_ways(w) / correction
+        w, correction, usual, swing = self._line(ends[0], axis, 1.0)
+        return self._own(ends, axis, usual) * both_ways(w) / correction, swing
 
     def leaving(self, e: Offset, sign: int, start: Tensor, fraction: Tensor) -> Tensor:
         """The rate (m,) from the cells to the face that is the `fraction` of a cell away, along `sign` e."""
         axis = e.index(1)
-        w, correction, usual = self._line(start, axis, sign * fraction[:, None])
+        w, correction, usual, _ = self._line(start, axis, sign * fraction[:, None])
         return self._own(start, axis, usual) * both_ways(w)[0] / (correction * fraction)
 
     def _own(self, cells: Tensor, axis: int, usual: Tensor) -> Tensor:
@@ -119,8 +132,8 @@ class _Axes:
         own = self.half[cells, axis]
         return torch.where(own < usual / 30, usual, own)
 
-    def _line(self, start: Tensor, axis: int, step: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-        """The increase of phi, the mean of exp(-phi) over that of a straight phi, and the harmonic mean of D."""
+    def _line(self, start: Tensor, axis: int, step: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The increase of phi, the mean of exp(-phi) over that of a straight phi, the harmonic mean of D, the swing."""
         nodes, weights, integrals = line_rule(POINTS, self.box.device)
         x = self.box.along(start, (step * nodes)[..., None] * self.box.steps[axis])
         d = self._half(self.equation.covariance(x, self.time))[:, axis].reshape(-1, POINTS)
@@ -130,7 +143,7 @@ class _Axes:
         w = slope @ weights
         phi = torch.stack([slope @ integrals.T, torch.outer(w, nodes)])
         bent, straight = (phi.neg().exp() @ weights).unbind()
-        return w, (bent / straight).clamp(0.5, 2.0), (d.reciprocal() @ weights).reciprocal()
+        return w, (bent / straight).clamp(0.5, 2.0), (d.reciprocal() @ weights).reciprocal(), _swing(slope)
 
     def _half(self, a: Tensor) -> Tensor:
         """D (m, d) of a covariance."""
@@ -168,18 +181,19 @@ class _Matrix:
         share = min(1.0, float(((least - values).clamp_min(0) / largest.clamp_min(TINY)).max()))
         return (vectors * torch.maximum(values, least)[:, None]) @ vectors.mT, share
 
-    def between(self, e: Offset, ends: Tensor) -> Tensor:
+    def between(self, e: Offset, ends: Tensor) -> tuple[Tensor, Tensor]:
         rho = (self._rho(e, ends[0]) + self._rho(e, ends[1])) / 2
-        return rho * both_ways(self._line(ends[0], e, 1.0))
+        w, swing = self._line(ends[0], e, 1.0)
+        return rho * both_ways(w), swing
 
     def leaving(self, e: Offset, sign: int, start: Tensor, fraction: Tensor) -> Tensor:
-        return self._rho(e, start) * both_ways(self._line(start, e, sign * fraction[:, None]))[0] / fraction
+        return self._rho(e, start) * both_ways(self._line(start, e, sign * fraction[:, None])[0])[0] / fraction
 
     def _rho(self, e: Offset, cells: Tensor) -> Tensor:
         return self.weights[e].expand(len(cells)) if self.constant else self.weights[e][cells]
 
-    def _line(self, start: Tensor, e: Offset, step: Tensor | float) -> Tensor:
-        """The increase of psi (m,): the integral of D^-1 (f - 1/2 div a) along the line."""
+    def _line(self, start: Tensor, e: Offset, step: Tensor | float) -> tuple[Tensor, Tensor]:
+        """The increase of psi (m,), the integral of D^-1 (f - 1/2 div a) along the line, and how much that swings."""
         nodes, weights, _ = line_rule(POINTS, self.box.device)
         vector = torch.tensor(e, dtype=torch.float64, device=self.box.device)
         x = self.box.along(start, (step * nodes)[..., None] * vector * self.box.spacing)
@@ -192,4 +206,4 @@ class _Matrix:
                 self._floored(self.equation.covariance(x, self.time), flow / self.box.spacing)[0]
             )
         slope = (act(inverse, flow / self.box.spacing) * vector).sum(1).reshape(-1, POINTS)
-        return ((slope * step) @ weights).clamp(-STEEPEST, STEEPEST)
+        return ((slope * step) @ weights).clamp(-STEEPEST, STEEPEST), _swing(slope * step)

@@ -19,6 +19,7 @@ NEGLIGIBLE = 1e-14  # of the largest flow
 NOISELESS = 50.0  # times as many cells as there are, above which it is no use to ask for them
 LEAP = 0.05  # of g g^T at both places together, by which the change of it may differ from that of its derivatives
 AT_WALLS = 1e-3  # of the mass
+SWING, SWING_SHARE = 0.05, 0.25  # see Jumps; of the mass, that may be in such cells
 
 
 def pairs(jumps: list[Jumps], masses: Tensor) -> list[tuple[Jumps, Tensor]]:
@@ -96,7 +97,9 @@ def warn_of_leaps(equation: FokkerPlanck, axes: Sequence[Tensor], time: float, m
 
 
 def warn_if_at_walls(box: Box, masses: Tensor, drift: Callable[[Tensor], Tensor], stacklevel: int) -> None:
-    """Warn where mass has come to lie against reflecting walls that the drift points to: the domain may cut it off.
+    """Warn where mass has come to lie against reflecting walls, from which the drift does not lead it away.
+
+    The domain may cut it off.
 
     Args:
         masses: of the cells at the times, (K, B, n).
@@ -109,14 +112,16 @@ def warn_if_at_walls(box: Box, masses: Tensor, drift: Callable[[Tensor], Tensor]
     outward = torch.zeros(box.number, dtype=torch.bool, device=masses.device)
     for axis in axes:
         places = box.centres[:, axis]
-        outward |= ((places == places.max()) & (drift[:, axis] > 0)) | ((places == places.min()) & (drift[:, axis] < 0))
+        outward |= ((places == places.max()) & (drift[:, axis] >= 0)) | (
+            (places == places.min()) & (drift[:, axis] <= 0)
+        )
     masses = masses[[0, -1]]
     shares = masses[:, :, outward].sum(2) / masses.sum(2).clamp_min(SMALLEST)
     first, last = shares.amax(1).tolist()
     if last > AT_WALLS and first < AT_WALLS / 100:
         warnings.warn(
-            f"{last:.2g} of the mass has come to lie in the cells at reflecting walls, to which the drift points; if "
-            "these are not meant to hold it, take a larger domain, or absorbing walls to see what leaves",
+            f"{last:.2g} of the mass has come to lie in the cells at reflecting walls, from which the drift does not "
+            "lead away; if these are not meant to hold it, take a larger domain, or absorbing walls to see what leaves",
             stacklevel=stacklevel + 1,
         )
 
@@ -135,13 +140,17 @@ def steepness(box: Box, jumps: Jumps) -> Tensor:
 
 
 def warn_if_coarse(box: Box, each: list[tuple[Jumps, Tensor]], stacklevel: int) -> None:
-    """Warn where, in any of the states, much of the mass is in cells that are too wide for the drift.
+    """Warn where, in any of the states, much of the mass is in cells that are too wide for the drift or its swings.
 
     Args:
         each: rates, and masses (B, n) that jump at them.
     """
-    factors, worst = [1.0] * box.dim, 0.0
+    factors, worst, swinging = [1.0] * box.dim, 0.0, 0.0
     for jumps, mass in each:
+        swings = jumps.swings > SWING
+        if bool(swings.any()):
+            share = mass @ swings.to(mass) / mass.sum(1).clamp_min(SMALLEST)
+            swinging = max(swinging, float(share.max()))
         if not any(bool((pair > math.exp(STEEP) * pair.flip(0)).any()) for pair in jumps.rates.values()):
             continue
         steep = steepness(box, jumps)
@@ -162,5 +171,11 @@ def warn_if_coarse(box: Box, each: list[tuple[Jumps, Tensor]], stacklevel: int) 
         warnings.warn(
             f"the grid is too coarse for the drift: {worst:.2g} of the mass is in cells across which the density at "
             f"rest would change by a factor of more than exp({STEEP:g}); {advice}",
+            stacklevel=stacklevel + 1,
+        )
+    if swinging > SWING_SHARE:
+        warnings.warn(
+            f"the grid is too coarse for the drift, which swings within the cells that hold {swinging:.2g} of the mass;"
+            " take more of them, at least four from a low to a high of the drift",
             stacklevel=stacklevel + 1,
         )

@@ -143,10 +143,16 @@ class ParticleSolver:
             raise UserError(f"hidden is {self.hidden!r}, expected the widths of one or two layers")
         if not (isinstance(self.held_out, int | float) and 0 < self.held_out < 1):
             raise UserError(f"held_out is {self.held_out!r}, expected a share between 0 and 1")
-        if not 0 <= self.memory <= 1:
-            raise UserError(f"memory is {self.memory}, expected a share from 0 to 1")
-        if self.probes < 1 or self.draws < 1:
-            raise UserError(f"probes is {self.probes} and draws is {self.draws}, expected 1 or more")
+        if not (isinstance(self.memory, int | float) and 0 <= self.memory <= 1):
+            raise UserError(f"memory is {self.memory!r}, expected a share from 0 to 1")
+        for name in ("probes", "draws", "exact_below"):
+            value, least = getattr(self, name), int(name != "exact_below")
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"{name} is {value!r}, expected a whole number, {least} or more")
+        if not isinstance(self.first, Trainer) or not isinstance(self.following, Trainer | None):
+            raise UserError(
+                f"first is {self.first!r} and following is {self.following!r}, expected a Trainer each, or no following"
+            )
 
     def solve(
         self,
@@ -171,8 +177,8 @@ class ParticleSolver:
             RuntimeWarning: the steps are too long, or the learned score does not fit the particles.
         """
         times = rising(times)
-        if steps < 1:
-            raise UserError(f"solve has steps={steps}, expected at least 1")
+        if steps < 1 or number < 1:
+            raise UserError(f"solve has number={number} and steps={steps}, expected at least 1")
         device = devices.pick(self.device)
         state = _beginning(start, number, times[0], device, generator)
         shown, dim = round((1 - self.held_out) * number), state.x.shape[1]

@@ -44,6 +44,12 @@ class Problem:
             raise UserError(f"the problem has horizon={self.horizon!r}, expected a positive number")
         if not hasattr(self.start, "log_prob"):
             raise UserError(f"the problem has start={type(self.start).__name__}, expected a law with log_prob, sample")
+        try:
+            sides = [(float(low), float(high)) for low, high in self.domain]
+        except (TypeError, ValueError):
+            sides = []
+        if not sides:
+            raise UserError(f"the problem has domain={self.domain!r}, expected (low, high) of each coordinate")
 
     @property
     def dim(self) -> int:

@@ -233,7 +233,9 @@ class Particles(Recipe):
         if unknown := set(self.options) - known:
             raise UserError(f"unknown options {sorted(unknown)} of ParticleSolver; expected some of {sorted(known)}")
         solver = ParticleSolver(problem.equation, seed=self.seed, **self.options)
-        steps = max(1, math.ceil(self.steps / (len(times) - 1)))
+        if self.steps < 1:
+            raise UserError(f"steps is {self.steps}, expected at least 1")
+        steps = math.ceil(self.steps / (len(times) - 1))
         generator = torch.Generator().manual_seed(self.seed)
         found = solver.solve(problem.start, times, self.number, steps, generator)
         columns = {"KL bound": found.kl_bound, "entropy": found.entropy}

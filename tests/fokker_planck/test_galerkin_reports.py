@@ -45,6 +45,12 @@ def large():
     return GalerkinSolver(equation, [Legendre(24, -7e5, 7e5)] * 2, symmetrised=True)
 
 
+def shallow():
+    """A potential that has a kink in its slope, so that no rule is exact."""
+    equation = FokkerPlanck(lambda x, t: -x - (x - 0.3).abs().sqrt(), 1.0)
+    return GalerkinSolver(equation, [Legendre(24, -3.0, 3.0)], symmetrised=True)
+
+
 def switched():
     equation = FokkerPlanck(lambda x, t: -x * (1 + t[:, None]), lambda x, t: torch.ones_like(x[:, 0]))
     GalerkinSolver(equation, Hermite(9), True).solve(gaussian(0.0, 0.9), [0.0, 1.0])
@@ -70,12 +76,14 @@ def switched():
             "jumps by 0.6",
         ),
         (singular, "singular"),
+        (lambda: shallow().solve(gaussian(1.0, 0.2), [0.0, 1.0]), r"1536 points .* leave an error of [1-9]\S+e-"),
         (switched, r"changes in time: at t=0.069\d* the drift differs by 0.3"),
         (lambda: plain().solve(OU.start, [0.0]).density(torch.zeros(3, 2)), r"\(3, 2\)"),
     ],
     ids=[
         "equal-times", "no-times", "tolerance", "steps", "law-shape", "law-empty", "samples-shape", "samples-nan",
-        "dimensions", "law-dimensions", "curl", "small-curl", "jump", "singular", "moving-gibbs", "points",
+        "dimensions", "law-dimensions", "curl", "small-curl", "jump", "singular", "path",
+        "moving-gibbs", "points",
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_with_the_figure(ask, message):

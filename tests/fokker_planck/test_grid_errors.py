@@ -23,15 +23,17 @@ OU = problems.ornstein_uhlenbeck()
         ({"cells": (8, 8)}, ("(8, 8)", "1 coordinates")),
         ({"boundary": "open"}, ("'open'", "reflecting, absorbing, periodic")),
         ({"boundary": ("periodic", "periodic")}, ("boundary", "1 coordinates")),
+        ({"boundary": None}, ("boundary is None", "reflecting, absorbing, periodic")),
+        ({"device": "abacus"}, ("device is 'abacus'", "'cuda'")),
     ],
-    ids=["four", "empty", "infinite", "few", "many_cells", "word", "many_words"],
+    ids=["four", "empty", "infinite", "few", "many_cells", "word", "many_words", "no_word", "device"],
 )
 def test_bad_grid(arguments, texts, user_error):
     with user_error(*texts):
         GridSolver(OU.equation, **{"domain": OU.domain, "cells": 16, **arguments})
 
 
-@pytest.mark.parametrize("times", [[], [0.0, 1.0, 0.5], [0.0, 0.0], [0.0, math.nan]], ids=str)
+@pytest.mark.parametrize("times", [[], [0.0, 1.0, 0.5], [0.0, 0.0], [0.0, math.nan], "abc", None], ids=str)
 def test_bad_times(times, user_error):
     with user_error("times", "rising"):
         GridSolver(OU.equation, OU.domain, 64).solve(OU.start, times)
@@ -45,8 +47,9 @@ def test_bad_times(times, user_error):
         (torch.full((64,), math.nan), ("nan",)),
         (torch.linspace(-0.5, 1, 64), ("-0.5", "not negative")),
         (torch.eye(2, 64) * torch.tensor([[1.0], [0.0]]), ("not all 0",)),
+        ("normal", ("'normal'", "log_prob", "(64,)")),
     ],
-    ids=["cells", "dimensions", "nan", "negative", "zero"],
+    ids=["cells", "dimensions", "nan", "negative", "zero", "word"],
 )
 def test_bad_start(start, texts, user_error):
     with user_error(*texts):
@@ -84,6 +87,35 @@ def test_grid_too_coarse_for_the_drift():
         GridSolver(problem.equation, problem.domain, int(1.3 * needed)).solve(problem.start, [0.0, 1.0])
     with pytest.warns(UserWarning, match="too coarse for the drift"):
         GridSolver(problem.equation, problem.domain, int(0.6 * needed)).solve(problem.start, [0.0, 1.0])
+
+
+SWINGS = {
+    "along": FokkerPlanck(lambda x, t: 5 * (40 * x).cos() - x, 1.0),
+    "full": FokkerPlanck(
+        lambda x, t: 5 * (40 * x.sum(1, keepdim=True)).cos() - x,
+        lambda x, t: torch.tensor([[1.0, 0.0], [0.5, 1.0]], dtype=x.dtype).expand(len(x), 2, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "cells"), [("along", 32), ("along", 64), ("along", 128), ("full", 32)])
+def test_a_drift_that_swings_within_the_cells_is_named(name, cells):
+    """No difference between neighbours is large then: it may be 0.4 off (L1) though the rates look harmless."""
+    dim = 2 if name == "full" else 1
+    grid = GridSolver(SWINGS[name], [(-5.0, 5.0)] * dim, cells)
+    with pytest.warns(UserWarning, match="swings within the cells that hold 1 of the mass"):
+        grid.solve(problems.gaussian(0.0, 0.5, dim), [0.0, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("drift", "cells"),
+    [(lambda x, t: -2 * x.sign(), 64), (lambda x, t: 4 * x - x**3, 128), (lambda x, t: 5 * (40 * x).cos() - x, 512)],
+    ids=["leap", "cubic", "fine"],
+)
+def test_a_drift_that_the_cells_resolve_is_not_spoken_of(drift, cells):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GridSolver(FokkerPlanck(drift, 1.0), [(-5.0, 5.0)], cells).solve(problems.gaussian(0.0, 0.5), [0.0, 1.0])
 
 
 @pytest.mark.parametrize("push", [3.9, 4.1, -4.1])

@@ -1,12 +1,13 @@
 """The exact answers of the ready-made problems satisfy their equations; all by automatic differentiation in float64."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from diffusion.errors import UserError
-from diffusion.fokker_planck import problems
+from diffusion.fokker_planck import GridSolver, problems
 from diffusion.fokker_planck.laws import GaussianMixture, gaussian
 
 MOVING = {
@@ -90,6 +91,19 @@ def test_box_holds_the_start(name):
     x = problem.start.sample(10_000, torch.Generator().manual_seed(0))
     low, high = torch.tensor(problem.domain, dtype=torch.float64).T
     assert bool(((x > low) & (x < high)).all())
+
+
+def test_a_narrow_start_on_the_usual_cells_of_three_dimensions():
+    """Its standard deviation is 0.6 of a cell."""
+    problem = problems.variance_exploding(dim=3)
+    density = GridSolver(problem.equation, problem.domain).density(problem.start)
+    assert tuple(density.shape) == (48, 48, 48)
+
+
+@pytest.mark.parametrize("domain", [(-4.0, 4.0), [], "abc", ((0.0, 1.0, 2.0),), None], ids=str)
+def test_domains_are_pairs(domain, user_error):
+    with user_error("domain=", "(low, high) of each coordinate"):
+        dataclasses.replace(problems.ornstein_uhlenbeck(), domain=domain)
 
 
 def test_variance_preserving_ends_in_the_standard_normal():
