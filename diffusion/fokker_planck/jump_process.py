@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -122,27 +122,40 @@ class JumpProcess:
         """Talbot's rule; None where it is not exact. What is absorbed, int lost . exp(s A) state ds, has w / z for w.
 
         Both are scaled to the mass before they are compared. Beside the agreement they are allowed a rounding for each
-        jump: so far does a last digit of the rates move the answer.
+        jump: so far does a last digit of the rates move the answer. The part at rest is left as it is, without these.
         """
         (up, down), n = self.bands[1], self.number
         diagonal, lost = -duration * self.exit.numpy(), duration * self.jumps.lost.numpy()
         poles, weights = _rules(self.absorbing)
         up, down, values, parts = duration * up.numpy(), duration * down.numpy(), state.numpy(), []
+        still = values[:, :n].sum(1, keepdims=True) * (0.0 if self._at_rest is None else self._at_rest)
         many = max(1, BATCH // values.shape[1])
         for k in range(0, len(values), many):
-            start = values[k : k + many, :n].T
+            start = (values[k : k + many, :n] - still[k : k + many]).T
             found = _resolvents(poles, up, diagonal, down, start)
             parts.append((weights @ found.reshape(len(poles), -1)).real.reshape(len(weights), *start.shape))
         results = np.concatenate(parts, 2)
         if self.absorbing:
             absorbed = values[:, n] + lost @ results[len(POLES) :]
             results = np.concatenate([results[: len(POLES)], absorbed[:, None]], 1)
+        else:
+            results += still.T
         mass = results.sum(1, keepdims=True)
         with np.errstate(all="ignore"):
             gap = np.abs(np.subtract(*(results / mass))).sum(0)
         if not (gap <= AGREEMENT + EPSILON * self.rate * duration).all():
             return None
         return torch.from_numpy(np.ascontiguousarray(results[0].T))
+
+    @cached_property
+    def _at_rest(self) -> np.ndarray | None:
+        """The law (n,) that a line with reflecting ends keeps, by detailed balance; None where a jump is impossible."""
+        up, down = (rates.numpy() for rates in self.bands[1])
+        if self.absorbing or not (up.all() and down.all()):
+            return None
+        heights = np.concatenate([[0.0], np.cumsum(np.log(up) - np.log(down), dtype=np.longdouble)])
+        law = np.exp((heights - heights.max()).astype(float))
+        return law / law.sum()
 
     def _series(self, state: Tensor, duration: float) -> tuple[Tensor | None, float]:
         """The sum of I_k(z) T_k(1 + A / rate), z = rate duration, and the longest step that is possible.

@@ -73,6 +73,16 @@ def test_stationary_state_is_kept(name):
     assert float(found.density.sum()) * grid.box.volume == pytest.approx(1.0, abs=1e-13)
 
 
+@pytest.mark.parametrize("name", ["ornstein_uhlenbeck", "double_well", "geometric_brownian"])
+def test_stationary_state_is_kept_on_fine_grids(name):
+    """Where a hundred million jumps would each lose a digit."""
+    problem = getattr(problems, name)()
+    grid = GridSolver(problem.equation, problem.domain, 4096)
+    start = torch.stack([grid.stationary().density[0], 3 * grid.stationary().density[0]])
+    kept = grid.solve(start, [0.0, 20.0]).density[-1]
+    assert float((kept - start).abs().sum(1).max()) * grid.box.volume < 1e-12
+
+
 def test_far_start_runs_down_the_slope():
     """All mass where the stationary density is exp(-128): the polynomials of the series would overflow."""
     problem = problems.double_well()
