@@ -178,7 +178,8 @@ class GalerkinSolver(WeakSolver):
 
     The mass is kept to rounding. Where the operator does not change in time, or by a factor only, the solution is exact
     in time; otherwise steps of order 4 are chosen by the tolerance. The density may be negative where it is small: how
-    much is reported, and `GalerkinSolution.positive` takes it away.
+    much is reported, and `GalerkinSolution.positive` takes it away. The truncation that is reported is that of the
+    density: it does not tell of a drift that swings faster than the functions do, so that more of them are the test.
 
     Args:
         equation: in d = 1, 2 or 3 coordinates.

@@ -146,7 +146,8 @@ class GridSolver:
             steps: of equal length between each two times, instead of steps chosen by the tolerance.
 
         Warns:
-            the grid is too coarse for the drift, or the `steps` are for the tolerance.
+            the grid is too coarse for the drift or its swings, or the `steps` are for the tolerance; mass has come to
+            lie at reflecting walls from which the drift does not lead away.
 
         Raises:
             UserError: values that are negative, not finite or of another shape; times that do not rise; a law that
