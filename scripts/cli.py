@@ -1,6 +1,7 @@
 """What the commands share: errors as one line and exit status 2, pieces built from the configuration, processes."""
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import os
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import hydra
 import torch
@@ -135,10 +136,31 @@ def build(config: DictConfig, **extra):
     except InstantiationException as error:
         if target := re.match(r"Error locating target '([^']+)'", str(error)):
             specs.locate(target[1])  # raises with what is wrong with it
+        if isinstance(error.__cause__, TypeError):
+            _check_kinds(plain)
         raise
     if not extra:
         specs.attach(built, plain | functions)
     return built
+
+
+def _check_kinds(plain: dict) -> None:
+    """Say which option is a word where its class wants a number, or the like.
+
+    Raises:
+        UserError: one is.
+    """
+    target = specs.locate(plain["_target_"])
+    if not dataclasses.is_dataclass(target):
+        return
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", type(None): "null"}
+    for name, kind in get_type_hints(target).items():
+        kinds, value = get_args(kind) or (kind,), plain.get(name)
+        if isinstance(value, dict) and "_target_" in value:
+            _check_kinds(value)
+        elif name in plain and set(kinds) <= set(names) and type(value) not in (*kinds, *([int] * (float in kinds))):
+            expected = " or ".join(names[kind] for kind in kinds)
+            raise UserError(f"{target.__name__} has {name}={value!r}, expected {expected}")
 
 
 def _functions(plain: dict) -> dict[str, Callable]:

@@ -18,6 +18,7 @@ from diffusion.samplers.clock import Clock
 
 # All of torchdiffeq's but scipy's, which has options of its own, and explicit_adams, which diverges on these ODEs.
 METHODS = sorted(SOLVERS.keys() - {"scipy_solver", "explicit_adams", "fixed_adams"})
+LOOSE = 1e-4  # tolerance above which single samples were seen to end in another mode, without a sign
 
 
 class _Stopped(Exception):
@@ -99,6 +100,12 @@ class Adaptive(ODESampler):
             options, slope.left = {"grid_constructor": even_steps}, math.inf
         elif issubclass(kind, RKAdaptiveStepsizeODESolver):
             options = {"step_t": span[1:]}  # the last step ends there; otherwise it goes beyond
+        if slope.left < math.inf and max(self.rtol, self.atol) > LOOSE:
+            warnings.warn(
+                f"rtol={self.rtol:g} and atol={self.atol:g}: above {LOOSE:g} steps may pass over where paths part, so "
+                "that samples end elsewhere; take smaller ones, or AdaptiveMultistep, which controls each sample",
+                stacklevel=4,
+            )
         state = x / column(arc.at(clock.times(span[0])).radius, 0, x)
         try:
             state = odeint(slope, state, span, rtol=self.rtol, atol=self.atol, method=self.method, options=options)[-1]

@@ -19,7 +19,7 @@ from diffusion.errors import UserError
 from diffusion.fields.base import Field
 from diffusion.randomness import derive_seed
 from diffusion.samplers.arc import data_mean, data_std
-from diffusion.samplers.grids import Grid, PowerGrid
+from diffusion.samplers.grids import Grid, PowerGrid, a_grid
 from diffusion.samplers.scores import Joint, Motion, motion
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -243,6 +243,7 @@ class FixedStep(PlannedSampler):
 
     def __post_init__(self):
         whole(self.steps, "steps", 2)
+        a_grid(self.grid)
 
     @abstractmethod
     def step(self, velocity: Velocity, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:

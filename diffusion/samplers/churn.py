@@ -37,10 +37,11 @@ class Churn(StochasticSampler):
         if not 0 <= self.churn < math.inf:
             raise UserError(f"churn is {self.churn}, expected a number of 0 or more")
         levels = (self.lowest, self.highest, self.inflate)
-        if not (all(isinstance(level, int | float) for level in levels) and 0 <= self.lowest < self.highest):
+        numbers = all(isinstance(level, int | float) for level in levels)
+        if not (numbers and 0 <= self.lowest < self.highest and 0 <= self.inflate < math.inf):
             raise UserError(
                 f"churn has lowest={self.lowest}, highest={self.highest} and inflate={self.inflate}, expected numbers "
-                "with 0 <= lowest < highest"
+                "with 0 <= lowest < highest, and inflate of 0 or more"
             )
 
     def integrate(self, frame, x, times, draws):

@@ -20,6 +20,15 @@ class Grid(ABC):
         """`points` falling times from ``field.horizon`` to ``field.t_min``, (points,) float64."""
 
 
+def a_grid(grid: object) -> None:
+    """
+    Raises:
+        UserError: it is no grid.
+    """
+    if not isinstance(grid, Grid):
+        raise UserError(f"sampler has grid={grid!r}, expected a grid, such as PowerGrid")
+
+
 @dataclass(frozen=True)
 class PowerGrid(Grid):
     """Even in t^(1/rho) (Karras et al. 2022, eq. 5); rho = 1 is uniform in t.

@@ -1,6 +1,7 @@
 """What samplers that work on the arc share: its scale, and the grid that suits it."""
 
 import functools
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -89,7 +90,7 @@ class OnArc(PlannedSampler):
     std: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
-        if self.std is not None and not self.std > 0:
+        if self.std is not None and not 0 < self.std < math.inf:
             raise UserError(f"sampler has std={self.std}, expected a positive number, or null")
         if self.grid is not None and not isinstance(self.grid, Grid):
             raise UserError(f"sampler has grid={self.grid!r}, expected a grid, such as BandGrid, or null")

@@ -14,7 +14,7 @@ from diffusion.errors import UserError
 from diffusion.fields import AffineField, Field
 from diffusion.samplers.base import Model, Randomness, Sampler, started, state_dtype, whole
 from diffusion.samplers.frames import AffineFrame, Frame, Noise, PlainFrame
-from diffusion.samplers.grids import Grid, PowerGrid
+from diffusion.samplers.grids import Grid, PowerGrid, a_grid
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ class RenewalGrid(Grid):
 
     rho: float = 3.0
 
+    def __post_init__(self):
+        PowerGrid(self.rho)  # raises if it is no positive number
+
     def __call__(self, field: Field, points: int) -> Tensor:
         return PowerGrid(max(self.rho, field.rho))(field, points)
 
@@ -78,6 +81,7 @@ class StochasticSampler(Sampler):
 
     def __post_init__(self):
         whole(self.steps, "steps", 2)
+        a_grid(self.grid)
 
     @abstractmethod
     def integrate(self, frame: Frame, x: Tensor, times: Tensor, draws: Draws) -> Tensor:
@@ -106,8 +110,9 @@ class SDESampler(StochasticSampler):
 
     def __post_init__(self):
         super().__post_init__()
-        if not callable(self.noise) and not 0 <= self.noise < math.inf:
-            raise UserError(f"noise is {self.noise}, expected a strength of 0 or more, or a function g(t)")
+        number = isinstance(self.noise, int | float)
+        if not callable(self.noise) and not (number and 0 <= self.noise < math.inf):
+            raise UserError(f"noise is {self.noise!r}, expected a strength of 0 or more, or a function g(t)")
 
     def integrate(self, frame, x, times, draws):
         for (t, t_next), renewal in zip(

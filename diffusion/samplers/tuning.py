@@ -17,7 +17,7 @@ from diffusion.samplers.base import Model, state_dtype
 from diffusion.samplers.multistep import Multistep
 from diffusion.samplers.tuned import Tuned
 
-REFERENCE = Multistep(steps=128)
+REFERENCE, FINER = Multistep(steps=128), 3  # steps as many times those that are tuned, at least
 FEW = 10  # evaluations up to which the weights too are tuned: what that costs grows with the square of the evaluations
 TRAJECTORIES, RESIDUALS = 128, 1024  # at least; coordinates of all of them together, at least
 TAIL = 4.0  # median errors; larger errors count less and less: near a border between modes a sample may end in either
@@ -51,16 +51,18 @@ def tune(
 
     That is done by the damped Gauss-Newton method (Levenberg 1944), from even gaps on. Derivatives are differences: a
     round costs about half a solution for each unknown, which leaves alone what comes before it. So most of the way is
-    gone on a quarter of the trajectories. There two orders race, 2 and 3 up to 10 evaluations, 2 and 4 beyond: the one
-    whose loss over all trajectories is smaller after 3 rounds goes on with all of them.
+    gone on a quarter of the trajectories, on no fewer than 32. There two orders race, 2 and 3 up to 10 evaluations, 2
+    and 4 beyond: the one whose loss over all trajectories is smaller after 3 rounds goes on with all of them.
 
     Args:
         model: has `velocity` and `field`.
-        draw: draw(number, generator) -> prior draws (number, *shape) and the conditions that go with them.
+        draw: draw(number, generator) -> prior draws (number, *shape) and conditions: tensors with an entry for each of
+            them go with them, the rest is for all.
         nfe: evaluations, 2 or more.
         trajectories: number to tune on; twice as many fresh ones are drawn to report on. None is 128, or as many as
             have 1024 coordinates together.
-        rounds: on all trajectories, at most; they end where one gains no more than errors that all fall by 2 %.
+        rounds: on all trajectories, at most, after the race; they end where one gains no more than errors that all fall
+            by 2 %.
         denoise: tune a sampler that ends with the field's estimate at t_min (see Multistep).
         progress: called after each solution with how many there have been, how many there may be, and the median error.
 
@@ -77,7 +79,7 @@ def tune(
     generator = torch.Generator().manual_seed(seed)
     if trajectories is None:
         trajectories = max(TRAJECTORIES, math.ceil(RESIDUALS / draw(1, torch.Generator())[0].numel()))
-    fine = replace(REFERENCE, denoise=denoise)
+    fine = replace(REFERENCE, steps=max(REFERENCE.steps, FINER * nfe), denoise=denoise)
     problem = _Problem.solved(model, fine, *draw(trajectories, generator))
     default = Multistep(nfe, denoise=denoise)
     plain = replace(default, from_mean=default.starts_from_mean(model, problem.x_T), std=default.data_std(model))

@@ -28,6 +28,15 @@ def test_defaults_resolve_the_modes(name):
     assert model.evaluations < 100
 
 
+@pytest.mark.parametrize(("options", "said"), [({"rtol": 1e-3}, 1), ({"atol": 1e-2}, 1), ({"rtol": 1e-4}, 0)])
+def test_tolerances_that_lose_single_samples_are_named(options, said, recwarn):
+    problem = solved("variance_preserving")
+    Adaptive(**options)(problem.model, problem.x_T)
+    assert len([w for w in recwarn if "samples end elsewhere" in str(w.message)]) == said
+    Adaptive("rk4", **options)(problem.model, problem.x_T)
+    assert len([w for w in recwarn if "samples end elsewhere" in str(w.message)]) == said
+
+
 @pytest.mark.parametrize("method", ["dopri8", "bosh3", "adaptive_heun"])
 def test_other_adaptive_methods(method):
     assert error(Adaptive(method, rtol=1e-5, atol=1e-5), solved("variance_exploding")) < 1e-3

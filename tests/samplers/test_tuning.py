@@ -186,6 +186,37 @@ def test_two_orders_are_tried_and_the_better_goes_on(nfe, orders, monkeypatch):
         assert tried == [*((order, 3, 32) for order in orders), (orders[better], 7, 128)]
 
 
+def test_the_winner_of_the_race_goes_on_from_what_it_found(monkeypatch):
+    model, advance, unknowns = mixture(linear(2)), _Fit.advance, []
+
+    def seen(fit, problem, rounds):
+        unknowns.append(fit.unknowns)
+        return advance(fit, problem, rounds)
+
+    monkeypatch.setattr(_Fit, "advance", seen)
+    tune(model, draws(model), 4, trajectories=16, rounds=1)
+    assert len(unknowns) == 3 and not unknowns[0].any() and not unknowns[1].any()
+    assert unknowns[2].any()
+
+
+def test_all_trajectories_judge_the_race(monkeypatch):
+    """Each by the error of the better order."""
+    model, judged, loss = mixture(linear(2)), [], _Problem.loss
+
+    def seen(problem, residuals, usual):
+        judged.append((len(residuals), usual.item()))
+        return loss(problem, residuals, usual)
+
+    def residuals(problem, sampler, first=True):
+        return torch.full((len(problem.x_T), 2), 1.0 if sampler.order == 2 else 3.0, dtype=torch.float64)
+
+    monkeypatch.setattr(_Fit, "advance", lambda fit, problem, rounds: fit.start)
+    monkeypatch.setattr(_Problem, "loss", seen)
+    monkeypatch.setattr(_Problem, "residuals", residuals)
+    assert tune(model, draws(model), 4, trajectories=128, rounds=1).sampler.order in (None, 2)
+    assert judged == [(128, pytest.approx(TAIL * 2**0.5))] * 2
+
+
 def test_a_part_has_the_conditions_and_the_ends_of_its_draws():
     model = mixture(linear(2))
     x_T, label = draws(model)(8, torch.Generator().manual_seed(0))[0], torch.arange(8)
@@ -212,6 +243,22 @@ def test_rounds_after_the_first_try_dampings_next_to_the_last():
         fit.advance(problem, rounds)
         solutions.append(len(told) - before - rounds * len(fit.unknowns))
     assert solutions == [8, 8 + 3]
+
+
+@pytest.mark.parametrize(("best", "tried"), [(0, (0, 1)), (4, (3, 4, 5)), (7, (6, 7))])
+def test_dampings_next_to_the_best_are_tried_then(best, tried, monkeypatch):
+    (model, problem), solutions = problem_of(16, linear(2)), itertools.count()
+    fit = _Fit(flat(model, 4), lambda error: None)
+    losses = [1.0, *(0.5 + (i != best) for i in range(8))]  # that of the start, then those of the trials
+    monkeypatch.setattr(_Problem, "loss", lambda *args: losses[next(solutions)])
+    fit.advance(problem, 1)
+    assert fit.dampings == tuple(tuning.DAMPING[i] for i in tried)
+
+
+def test_the_reference_is_finer_than_many_evaluations(monkeypatch):
+    model = mixture(linear(2))
+    monkeypatch.setattr(_Fit, "advance", lambda fit, problem, rounds: fit.start)
+    assert tune(model, draws(model), 128, trajectories=4).default_error > 0
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(100.0, 1), (0.0, 3)])
