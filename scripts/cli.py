@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import get_args, get_type_hints
+from typing import Union, get_args, get_origin, get_type_hints
 
 import hydra
 import torch
@@ -156,9 +156,10 @@ def _check_kinds(plain: dict) -> None:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", type(None): "null"}
     for name, kind in get_type_hints(target).items():
         kinds, value = get_args(kind) or (kind,), plain.get(name)
+        plainly = get_origin(kind) in (None, Union, UnionType) and all(kind in names for kind in kinds)
         if isinstance(value, dict) and "_target_" in value:
             _check_kinds(value)
-        elif name in plain and set(kinds) <= set(names) and type(value) not in (*kinds, *([int] * (float in kinds))):
+        elif name in plain and plainly and type(value) not in (*kinds, *([int] * (float in kinds))):
             expected = " or ".join(names[kind] for kind in kinds)
             raise UserError(f"{target.__name__} has {name}={value!r}, expected {expected}")
 

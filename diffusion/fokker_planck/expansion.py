@@ -114,13 +114,14 @@ class GalerkinSolution:
     def _between_nodes(self) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """log chi and c of p = chi sum_k c_k phi_k, for places between the nodes.
 
-        In the symmetrised form chi is 1: p / sqrt(pi) may be so large where p is next to nothing that its expansion is
-        of use at the nodes alone.
+        In the symmetrised form chi is the plain one, not sqrt(pi): p / sqrt(pi) may be so large where p is next to
+        nothing that its expansion is of use at the nodes alone.
         """
         product = self.expansion.product
-        if self.steady:
-            return lambda x: x.new_zeros(len(x)), product.to_modes(self.values * self.weights.sqrt())
-        return self.expansion.log_chi, self.coefficients
+        if not self.steady:
+            return self.expansion.log_chi, self.coefficients
+        roots = product.roots * (-product.log_tilt(product.points)).exp()
+        return product.log_tilt, product.to_modes(self.values * roots.reshape(product.shape))
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Means (K, d) and covariances (K, d, d), by the weights of the nodes."""

@@ -116,6 +116,18 @@ def test_symmetrised_density_is_right_between_the_nodes(dim):
     torch.testing.assert_close(solution.positive().scale, torch.ones(2, dtype=torch.float64), rtol=0, atol=3e-6)
 
 
+@pytest.mark.parametrize(("n", "dim"), [(16, 1), (24, 1), (20, 2)])
+def test_symmetrised_hermite_functions_lose_nothing_between_the_nodes(n, dim):
+    """The Gibbs state is their first function squared, which few of them cannot hold without the tilt of their own."""
+    problem = ornstein_uhlenbeck(dim)
+    pi = gaussian(0.0, 1.0, dim)
+    solution = GalerkinSolver(problem.equation, [Hermite(n)] * dim, symmetrised=True).solve(pi, [0.0, 0.5])
+    x = 2 * torch.randn(100, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for k in range(2):
+        torch.testing.assert_close(solution.density(x, k), pi.log_prob(x).exp(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(solution.positive().negative, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-13)
+
+
 def swinging() -> tuple:
     """A drift and a noise that swing: operators at different times do not commute."""
     equation = FokkerPlanck(

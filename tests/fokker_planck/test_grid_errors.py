@@ -47,7 +47,7 @@ def test_bad_times(times, user_error):
         (torch.full((64,), math.nan), ("nan",)),
         (torch.linspace(-0.5, 1, 64), ("-0.5", "not negative")),
         (torch.eye(2, 64) * torch.tensor([[1.0], [0.0]]), ("not all 0",)),
-        ("normal", ("'normal'", "log_prob", "(64,)")),
+        ("normal", ("the start is str", "log_prob", "(64,)")),
     ],
     ids=["cells", "dimensions", "nan", "negative", "zero", "word"],
 )
@@ -108,14 +108,20 @@ def test_a_drift_that_swings_within_the_cells_is_named(name, cells):
 
 
 @pytest.mark.parametrize(
-    ("drift", "cells"),
-    [(lambda x, t: -2 * x.sign(), 64), (lambda x, t: 4 * x - x**3, 128), (lambda x, t: 5 * (40 * x).cos() - x, 512)],
-    ids=["leap", "cubic", "fine"],
+    ("drift", "cells", "dim"),
+    [
+        (lambda x, t: -2 * x.sign(), 64, 2),
+        (lambda x, t: -3 * x.sign(), 64, 1),
+        (lambda x, t: 4 * x - x**3, 128, 1),
+        (lambda x, t: 5 * (40 * x).cos() - x, 512, 1),
+    ],
+    ids=["leap_2d", "leap", "cubic", "fine"],
 )
-def test_a_drift_that_the_cells_resolve_is_not_spoken_of(drift, cells):
+def test_a_drift_that_the_cells_resolve_is_not_spoken_of(drift, cells, dim):
+    grid = GridSolver(FokkerPlanck(drift, 1.0), [(-5.0, 5.0)] * dim, cells)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        GridSolver(FokkerPlanck(drift, 1.0), [(-5.0, 5.0)], cells).solve(problems.gaussian(0.0, 0.5), [0.0, 1.0])
+        grid.solve(problems.gaussian(0.0, 0.5, dim), [0.0, 1.0])
 
 
 @pytest.mark.parametrize("push", [3.9, 4.1, -4.1])
