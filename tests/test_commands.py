@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -567,6 +568,30 @@ def test_what_is_one_graph_on_cuda(sampler, number, mode, captured, monkeypatch)
     config = {**options, "batch_size": 8, "sampler": {"_target_": f"diffusion.samplers.{sampler}"}}
     _, found = cli.load(OmegaConf.create(config))
     assert (modes, isinstance(found, Captured)) == ([mode], captured)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"_target_": "diffusion.gradient_flow.Drifting", "kernel": "torch.exp"}, "missing 1 required .* 'data'"),
+        (
+            {
+                "_target_": "diffusion.fokker_planck.ParticleSolver",
+                "equation": {"_target_": "diffusion.fokker_planck.problems.double_well"},
+                "hidden": [8],
+                "nosuch": 1,
+            },
+            "unexpected keyword argument 'nosuch'",
+        ),
+    ],
+    ids=["function", "list"],
+)
+def test_what_a_class_refuses_is_not_laid_to_options_that_are_right(options, reason, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import cli
+
+    with pytest.raises(InstantiationException, match=reason):
+        cli.build(OmegaConf.create(options))
 
 
 def test_checkpoint_of_another_architecture_is_refused(run, trained):

@@ -209,7 +209,8 @@ class GridSolver:
         cells = self.box.cells
         if not isinstance(start, Tensor):
             if not hasattr(start, "log_prob"):
-                raise UserError(f"the start is {type(start).__name__}, expected a law with log_prob, or densities {cells}")
+                kind = type(start).__name__
+                raise UserError(f"the start is {kind}, expected a law with log_prob, or densities {cells}")
             return self.density(start).reshape(1, -1), True
         if tuple(start.shape[-len(cells) :]) != cells or start.dim() > len(cells) + 1 or start.numel() == 0:
             raise UserError(f"the start has shape {tuple(start.shape)}, expected {cells} or (B, {str(cells)[1:]}")
