@@ -32,7 +32,13 @@ def draws(model):
 @pytest.fixture(scope="module")
 def found():
     model = mixture(linear(2))
-    return model, tune(model, draws(model), 6, trajectories=64, rounds=5)
+    return model, tune(model, draws(model), 6, trajectories=32, rounds=1)
+
+
+@pytest.fixture(autouse=True)
+def short_race(monkeypatch):
+    """For the tests' time; `found` is set up before, with a whole one."""
+    monkeypatch.setattr(tuning, "RACE", 1)
 
 
 def test_error_falls_on_fresh_noise(found):
@@ -99,7 +105,7 @@ def test_points_of_few_coordinates_are_tuned_on_more_of_them():
 
 def test_a_sampler_that_ends_with_the_estimate_is_tuned_as_such():
     model = mixture(linear(2, t_min=0.05))
-    tuned = tune(model, draws(model), 5, trajectories=48, rounds=3, denoise=True)
+    tuned = tune(model, draws(model), 5, trajectories=32, rounds=2, denoise=True)
     assert tuned.sampler.denoise
     assert tuned.error < 0.9 * tuned.default_error
     fresh = _Problem.solved(
@@ -183,7 +189,7 @@ def test_two_orders_are_tried_and_the_better_goes_on(nfe, orders, monkeypatch):
         losses = iter([float(i != better) for i in range(len(orders))])
         monkeypatch.setattr(_Problem, "loss", lambda *args, losses=losses: next(losses))
         tune(model, draws(model), nfe, trajectories=128, rounds=7)
-        assert tried == [*((order, 3, 32) for order in orders), (orders[better], 7, 128)]
+        assert tried == [*((order, 1, 32) for order in orders), (orders[better], 7, 128)]
 
 
 def test_the_winner_of_the_race_goes_on_from_what_it_found(monkeypatch):
@@ -316,7 +322,7 @@ def test_progress_is_told_of_every_solution(found):
     tune(model, draws(model), 2, trajectories=4, rounds=2, progress=lambda *state: told.append(state))
     done, totals, errors = zip(*told, strict=True)
     assert list(done) == list(range(1, len(told) + 1))
-    rounds = (3, 2)  # of the one order on a part, then on all
+    rounds = (1, 2)  # of the one order on a part, then on all
     assert set(totals) == {sum(n * (1 + 1 + 4 + 3) + 5 for n in rounds)}  # times, scale, weights and dampings
     assert len(told) <= totals[0] and min(errors) > 0 and 1 < len(set(errors)) <= sum(rounds)
 
