@@ -8,7 +8,7 @@ import torch
 
 from diffusion.fokker_planck import FokkerPlanck, GridSolver, problems
 from diffusion.fokker_planck.box import Box, gauss
-from diffusion.fokker_planck.jumps import jumps_at
+from diffusion.fokker_planck.jumps import jumps_at, mean_jumps
 from diffusion.fokker_planck.laws import gaussian
 from diffusion.fokker_planck.observables import current, entropy_production
 from diffusion.fokker_planck.rates_in_time import RatesInTime
@@ -159,3 +159,12 @@ def test_flows_are_those_at_their_times():
             known = solver.box, jumps_at(equation, solver.box, time), found.density[k] * solver.box.volume
             torch.testing.assert_close(found.current[k], current(*known), rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(found.entropy_production[k], entropy_production(*known), rtol=1e-9, atol=1e-12)
+
+
+def test_a_mean_swings_as_its_worst_part():
+    box = Box([(-5.0, 5.0)], 32)
+    smooth, swinging = (
+        jumps_at(FokkerPlanck(lambda x, t, size=size: size * (40 * x).cos() - x, 1.0), box, 0.0) for size in (0.0, 5.0)
+    )
+    assert float(smooth.swings.max()) < 1e-12 < 0.1 < float(swinging.swings.max())
+    assert mean_jumps([0.5, 0.5], [smooth, swinging]).swings.equal(swinging.swings)
