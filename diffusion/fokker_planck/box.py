@@ -89,7 +89,6 @@ class Box:
         self.number = math.prod(self.cells)
         self.widths = tuple((high - low) / n for (low, high), n in zip(self.domain, self.cells, strict=True))
         self.volume = math.prod(self.widths)
-        self._neighbours: dict[tuple[int, ...], Neighbours] = {}
 
     def _tensor(self, values) -> Tensor:
         return torch.as_tensor(values, dtype=torch.float64, device=self.device)
@@ -122,14 +121,10 @@ class Box:
         """(n, d)."""
         return torch.cartesian_prod(*self.axes).reshape(-1, self.dim)
 
-    @cached_property
+    @property
     def walls(self) -> Tensor:
         """(n,), how many reflecting faces each cell has."""
-        faces = np.zeros(self.cells)
-        for axis, word in enumerate(self.boundary):
-            if word == "reflecting":
-                faces.swapaxes(axis, 0)[:: self.cells[axis] - 1] += 1
-        return self._tensor(faces.reshape(-1))
+        return _walls(self.cells, self.boundary, self.device)
 
     def wrapped(self, x: Tensor) -> Tensor:
         """Points (..., d), those beyond a periodic face moved to where they come in again."""
@@ -142,6 +137,15 @@ class Box:
     def along(self, cells: Tensor, steps: Tensor) -> Tensor:
         """Points (m P, d) away from the centres of m cells by `steps` (P, d), or (m, P, d)."""
         return self.wrapped(self.centres.index_select(0, cells)[:, None] + steps).reshape(-1, self.dim)
+
+    def densities(self, log_prob) -> Tensor:
+        """exp(log_prob(x)) (n,) at the centres, or the means over the cells, if the mass of these is another."""
+        values = log_prob(self.centres).detach().to(self.centres).exp()
+        mass = float(values.sum()) * self.volume
+        if abs(mass - 1) < CELLS_HOLD:
+            return values
+        means = self.averages(log_prob)
+        return values if abs(mass - float(means.sum()) * self.volume) < CELLS_HOLD else means
 
     def averages(self, log_prob) -> Tensor:
         """Means (n,) over the cells of the density exp(log_prob(x)), by Gauss and Legendre's rule."""
@@ -161,47 +165,60 @@ class Box:
 
     def neighbours(self, offset: tuple[int, ...]) -> Neighbours:
         """Where the jump by `offset`, a whole number of cells along each coordinate, leads."""
-        if offset not in self._neighbours:
-            self._neighbours[offset] = self._find(offset)
-        return self._neighbours[offset]
+        return _neighbours(offset, self.cells, self.boundary, self.device)
 
-    def _find(self, offset: tuple[int, ...]) -> Neighbours:
-        target = index = np.arange(self.number)
-        inside = np.ones(self.number, bool)
-        lost = np.zeros(self.number, bool)
-        first = np.full(self.number, math.inf)  # share of the jump, to the face that is crossed
-        behind = self.number
-        for step, n, word in zip(offset, self.cells, self.boundary, strict=True):
-            behind //= n
-            if step == 0:
-                continue
-            place = index // behind % n
-            there = place + step
-            if word == "periodic":
-                there = there % n
-            else:
-                beyond = there >= n if step > 0 else there < 0
-                inside &= ~beyond
-                if "absorbing" in self.boundary:
-                    gap = (n - 0.5 - place) / step if step > 0 else (place + 0.5) / -step
-                    nearer = beyond & (gap < first)
-                    first[nearer], lost[nearer] = gap[nearer], word == "absorbing"
-            target = target + (there - place) * behind
-        target = np.where(inside, target, index)
-        by = target - index
-        shifts = np.unique(by[inside]) if "periodic" in self.boundary else by[inside][:1]
-        start = np.flatnonzero(inside)
 
-        def moved(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values).to(self.device)
+@lru_cache(maxsize=16)
+def _walls(cells: tuple[int, ...], boundary: tuple[str, ...], device: torch.device) -> Tensor:
+    """(n,), how many reflecting faces each cell has."""
+    faces = np.zeros(cells)
+    for axis, word in enumerate(boundary):
+        if word == "reflecting":
+            faces.swapaxes(axis, 0)[:: cells[axis] - 1] += 1
+    return torch.from_numpy(faces.reshape(-1)).to(device)
 
-        return Neighbours(
-            moved(np.array([start, target[start]])),
-            moved(target),
-            [(int(s), moved(inside & (by == s))) for s in shifts if s != 0],
-            moved(np.flatnonzero(lost)),
-            moved(first[lost]),
-        )
+
+@lru_cache(maxsize=64)
+def _neighbours(
+    offset: tuple[int, ...], cells: tuple[int, ...], boundary: tuple[str, ...], device: torch.device
+) -> Neighbours:
+    number = math.prod(cells)
+    target = index = np.arange(number)
+    inside = np.ones(number, bool)
+    lost = np.zeros(number, bool)
+    first = np.full(number, math.inf)  # share of the jump, to the face that is crossed
+    behind = number
+    for step, n, word in zip(offset, cells, boundary, strict=True):
+        behind //= n
+        if step == 0:
+            continue
+        place = index // behind % n
+        there = place + step
+        if word == "periodic":
+            there = there % n
+        else:
+            beyond = there >= n if step > 0 else there < 0
+            inside &= ~beyond
+            if "absorbing" in boundary:
+                gap = (n - 0.5 - place) / step if step > 0 else (place + 0.5) / -step
+                nearer = beyond & (gap < first)
+                first[nearer], lost[nearer] = gap[nearer], word == "absorbing"
+        target = target + (there - place) * behind
+    target = np.where(inside, target, index)
+    by = target - index
+    shifts = np.unique(by[inside]) if "periodic" in boundary else by[inside][:1]
+    start = np.flatnonzero(inside)
+
+    def moved(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    return Neighbours(
+        moved(np.array([start, target[start]])),
+        moved(target),
+        [(int(s), moved(inside & (by == s))) for s in shifts if s != 0],
+        moved(np.flatnonzero(lost)),
+        moved(first[lost]),
+    )
 
 
 @lru_cache

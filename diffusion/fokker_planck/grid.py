@@ -34,14 +34,14 @@ class GridSolution:
     """The density at K times; with a batch of B starts, B follows K in every shape but that of `mass_error`.
 
     Attributes:
-        density: (K, *cells), mean of each cell, per unit of volume.
+        density: (K, *cells), at the centres of the cells; times the volume of a cell it is the mass of the cell.
         grid: the centres of the cells along each coordinate.
         times: (K,).
         absorbed: (K,), mass that has left through absorbing faces.
         steps: in time; an equation that does not change, or by a factor only, needs one between two times.
         time_error: estimate of the error of the last density that the steps made, in L1.
         put_back: mass, over that at the start, that was moved to put right what rounding in all exponentials lost,
-            gained or made negative.
+            gained or made negative, or in one dimension the fourth order.
         box: of the solver.
         jumps: the rates at the K times, or one for all.
     """
@@ -84,12 +84,14 @@ class GridSolution:
 class GridSolver:
     """Solves a Fokker-Planck equation on a box of equal cells.
 
-    Second order in the width h of a cell; first where a full matrix meets a reflecting wall with mass at it, and along
-    coordinates without noise. What moves is spread by more than its noise D, by the share (w / 2) coth(w / 2) - 1 with
-    w = f h / D: 8 % at w = 1, 31 % at 2, beyond which the grid is called too coarse; at rest nothing is. Mass is kept
-    to rounding, no density is negative, a Gibbs state is stationary, and so is a constant current in one dimension. In
-    time it is exact where the equation does not change, or by a factor only; otherwise steps of second order are chosen
-    by a tolerance. Densities below about 1e-14 of the highest are rounding noise.
+    Of fourth order in the width h of a cell in one dimension, if there is no mass at walls and the cells resolve the
+    start, see `lines`; otherwise of second order, as currents and entropy production always are. There what moves is
+    spread by more than its noise D, by the share (w / 2) coth(w / 2) - 1 with w = f h / D: 8 % at w = 1, 31 % at 2,
+    beyond which the grid is called too coarse; at rest nothing is. Of first order where a full matrix meets a
+    reflecting wall with mass at it, and along coordinates without noise. Mass is kept to rounding, no density is
+    negative, a Gibbs state is stationary, and so is a constant current in one dimension. In time it is exact where the
+    equation does not change, or by a factor only; otherwise steps of second order are chosen by a tolerance. Densities
+    below about 1e-14 of the highest are rounding noise.
 
     Args:
         equation: the equation; asked for points of the domain only.
@@ -114,12 +116,12 @@ class GridSolver:
         self.box = Box(domain, cells, boundary, device)
 
     def density(self, law: Law, lost: float = LOST) -> Tensor:
-        """The means (*cells) of a law's density over the cells, scaled to mass 1.
+        """A law's density at the centres (*cells), scaled to mass 1; its means over cells that do not resolve it.
 
         Raises:
             UserError: more than `lost` of its mass is outside the domain, or it is too narrow for the cells.
         """
-        values = self.box.averages(law.log_prob)
+        values = self.box.densities(law.log_prob)
         mass = float(values.sum()) * self.box.volume
         if not math.isfinite(mass):
             bad = int(values.nan_to_num(math.inf).argmax())

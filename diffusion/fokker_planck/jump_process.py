@@ -2,35 +2,35 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
-from scipy.linalg import block_diag
-from scipy.linalg.lapack import zgtsv
 from scipy.special import ive
 from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.fokker_planck.box import Box
-from diffusion.fokker_planck.evolution import NEGLIGIBLE, talbot, uniformised
+from diffusion.fokker_planck.evolution import NEGLIGIBLE, uniformised
 from diffusion.fokker_planck.jumps import Jumps
+from diffusion.fokker_planck.lines import Line
 
 GROWTH = 1e2  # of the terms of a series, which costs as many digits
 CHECKED_EVERY = 8  # terms
 FEW_JUMPS = 64  # for which uniformisation is as cheap as the series
 CHUNK = 256.0  # jumps by uniformisation, before the series is tried again
-POLES = 28, 24  # of the rational approximation, and of the one that it is compared with
-BATCH = 2**18  # numbers in states for which all poles are taken at once
-EPSILON = float(np.finfo(float).eps)
-AGREEMENT = 1e-11  # of the two, relative to the mass; the finer is better by two digits, unless rounding is reached
 
 
 @dataclass
 class Ledger:
-    """What several processes note together: mass that rounding took, relative to all, and that was put back."""
+    """What several processes note together.
+
+    Attributes:
+        put_back: mass, relative to all, that rounding took.
+        smooth: of which of the first states on a line (B,) the cells resolve the density, see `lines`.
+    """
 
     put_back: float = 0.0
+    smooth: np.ndarray | None = None
 
 
 class JumpProcess:
@@ -39,12 +39,12 @@ class JumpProcess:
     A state (B, n) holds the mass of each cell, or (B, n + 1), with the absorbed mass last, where the box has an
     absorbing face. Products are sums over bands: index differences s, with the rates up, from i to i + s, and down.
 
-    On a line with ends, and on a CPU, `advance` takes a rational approximation, by tridiagonal solves: it is good to
-    rounding unless drift is much larger than noise, which two numbers of poles show by their difference. Otherwise it
-    takes the series of Chebyshev polynomials as far as these do not grow, which is far where drift is small next to
-    noise; where they grow, it halves the step, and in the end uniformises. The series leaves noise of about 1e-16 times
-    the growth for each term, up to about 1e-11 of the mass, the rational approximation 1e-13: what is negative is set
-    to 0 and the mass is restored. Densities below that are noise, too; uniformisation has none.
+    In one dimension `advance` takes a rational approximation, by tridiagonal solves, and M^-1 A for A, see `lines`,
+    which is of fourth order in space: it is good to rounding unless drift is much larger than noise. Otherwise it takes
+    the series of Chebyshev polynomials as far as these do not grow, which is far where drift is small next to noise;
+    where they grow, it halves the step, and in the end uniformises. The series leaves noise of about 1e-16 times the
+    growth for each term, up to about 1e-11 of the mass, the rational approximation 1e-13: what is negative is set to 0
+    and the mass is restored. Densities below that are noise, too; uniformisation has none.
     """
 
     def __init__(self, box: Box, jumps: Jumps, ledger: Ledger | None = None):
@@ -67,7 +67,10 @@ class JumpProcess:
         self.rate = float(self.exit.max())
         if not math.isfinite(self.rate):
             raise UserError(f"the rates of the grid are not finite: {self.rate}; is the drift bounded on the domain?")
-        self._line = set(self.bands) == {1} and box.device.type == "cpu"
+        self._line: Line | None = None
+        if box.dim == 1:
+            (up, down), drive = (values.cpu().numpy() for of in (jumps.rates, jumps.drives) for values in of.values())
+            self._line = Line(up, down, drive, jumps.lost.cpu().numpy() if self.absorbing else None)
         self._step = math.inf
 
     def apply(self, state: Tensor) -> Tensor:
@@ -89,7 +92,7 @@ class JumpProcess:
         Raises:
             UserError: it is not finite.
         """
-        following = self._rational(state, duration) if self._line and self.rate * duration > 1 else None
+        following = self._on_line(state, duration) if self._line and self.rate > 0 else None
         if following is not None:
             return self._kept(following, state)
         left = duration
@@ -109,6 +112,13 @@ class JumpProcess:
             raise UserError(f"the density is not finite after a step of {duration:.3g}")
         return state
 
+    def _on_line(self, state: Tensor, duration: float) -> Tensor | None:
+        states = state.cpu().numpy()
+        if self.ledger.smooth is None:
+            self.ledger.smooth = self._line.smooth(states)
+        found = self._line.advance(states, duration, self.ledger.smooth)
+        return None if found is None else torch.from_numpy(found).to(state)
+
     def _kept(self, following: Tensor, state: Tensor) -> Tensor:
         """`following` without what is negative, of the mass of `state`; how much that changes is noted."""
         mass, kept = state.sum(1, keepdim=True), following.clamp_min(0)
@@ -117,45 +127,6 @@ class JumpProcess:
         if self.absorbing:
             torch.maximum(kept[:, self.number :], state[:, self.number :], out=kept[:, self.number :])
         return kept
-
-    def _rational(self, state: Tensor, duration: float) -> Tensor | None:
-        """Talbot's rule; None where it is not exact. What is absorbed, int lost . exp(s A) state ds, has w / z for w.
-
-        Both are scaled to the mass before they are compared. Beside the agreement they are allowed a rounding for each
-        jump: so far does a last digit of the rates move the answer. The part at rest is left as it is, without these.
-        """
-        (up, down), n = self.bands[1], self.number
-        diagonal, lost = -duration * self.exit.numpy(), duration * self.jumps.lost.numpy()
-        poles, weights = _rules(self.absorbing)
-        up, down, values, parts = duration * up.numpy(), duration * down.numpy(), state.numpy(), []
-        still = values[:, :n].sum(1, keepdims=True) * (0.0 if self._at_rest is None else self._at_rest)
-        many = max(1, BATCH // values.shape[1])
-        for k in range(0, len(values), many):
-            start = (values[k : k + many, :n] - still[k : k + many]).T
-            found = _resolvents(poles, up, diagonal, down, start)
-            parts.append((weights @ found.reshape(len(poles), -1)).real.reshape(len(weights), *start.shape))
-        results = np.concatenate(parts, 2)
-        if self.absorbing:
-            absorbed = values[:, n] + lost @ results[len(POLES) :]
-            results = np.concatenate([results[: len(POLES)], absorbed[:, None]], 1)
-        else:
-            results += still.T
-        mass = results.sum(1, keepdims=True)
-        with np.errstate(all="ignore"):
-            gap = np.abs(np.subtract(*(results / mass))).sum(0)
-        if not (gap <= AGREEMENT + EPSILON * self.rate * duration).all():
-            return None
-        return torch.from_numpy(np.ascontiguousarray(results[0].T))
-
-    @cached_property
-    def _at_rest(self) -> np.ndarray | None:
-        """The law (n,) that a line with reflecting ends keeps, by detailed balance; None where a jump is impossible."""
-        up, down = (rates.numpy() for rates in self.bands[1])
-        if self.absorbing or not (up.all() and down.all()):
-            return None
-        heights = np.concatenate([[0.0], np.cumsum(np.log(up) - np.log(down), dtype=np.longdouble)])
-        law = np.exp((heights - heights.max()).astype(float))
-        return law / law.sum()
 
     def _series(self, state: Tensor, duration: float) -> tuple[Tensor | None, float]:
         """The sum of I_k(z) T_k(1 + A / rate), z = rate duration, and the longest step that is possible.
@@ -194,23 +165,3 @@ class JumpProcess:
                 if weights[k] * growth < NEGLIGIBLE:
                     return total, possible
         return None, possible
-
-
-@lru_cache
-def _rules(integrals: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The poles z of all the rules, and weights w of each; with integrals also w / z."""
-    rules = [talbot(number) for number in POLES]
-    poles, weights = np.concatenate([z for z, _ in rules]), block_diag(*(w for _, w in rules))
-    return poles, np.vstack([weights, weights / poles]) if integrals else weights
-
-
-def _resolvents(z: np.ndarray, up: np.ndarray, diagonal: np.ndarray, down: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """(A - z)^-1 start, (poles, n, B), for a tridiagonal A: one system, of a block for each pole."""
-    blocks = np.zeros((3, len(z), len(diagonal)), complex)
-    blocks[0, :, :-1], blocks[1], blocks[2, :, :-1] = up, diagonal - z[:, None], down
-    low, middle, high = blocks.reshape(3, -1)
-    known = np.empty((len(z), *start.shape), complex)
-    known[:] = start
-    known = known.reshape(-1, start.shape[1])
-    found = zgtsv(low[:-1], middle, high[:-1], known, overwrite_dl=1, overwrite_d=1, overwrite_du=1, overwrite_b=1)[3]
-    return found.reshape(len(z), *start.shape)

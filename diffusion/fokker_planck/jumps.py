@@ -35,6 +35,7 @@ class Jumps:
         rates: for each offset e: (2, n), from x to x + e and from x + e to x; 0 where x + e is no cell.
         lost: (n,), through absorbing faces.
         way: (d, n), the same times the way from the centre to the face.
+        drives: for each offset e: (n,), the increase of phi (of psi, for a full matrix) from x to x + e, or 0.
         swings: (n,), by how much what drives the jumps differs, on the way from one cell to the next, from the nearest
             linear function, next to itself or to the noise of a cell; large where it is not resolved.
     """
@@ -42,12 +43,13 @@ class Jumps:
     rates: dict[Offset, Tensor]
     lost: Tensor
     way: Tensor
+    drives: dict[Offset, Tensor]
     swings: Tensor
 
     def scaled(self, factor: float) -> "Jumps":
         """All rates times a factor."""
         rates = {e: factor * rates for e, rates in self.rates.items()}
-        return Jumps(rates, factor * self.lost, factor * self.way, self.swings)
+        return Jumps(rates, factor * self.lost, factor * self.way, self.drives, self.swings)
 
 
 def mean_jumps(weights: Sequence[float], parts: Sequence[Jumps]) -> Jumps:
@@ -55,12 +57,14 @@ def mean_jumps(weights: Sequence[float], parts: Sequence[Jumps]) -> Jumps:
     if len(parts) == 1:
         return parts[0]
     rates: dict[Offset, Tensor] = {}
+    drives: dict[Offset, Tensor] = {}
     for weight, part in zip(weights, parts, strict=True):
-        for e, values in part.rates.items():
-            rates[e] = rates[e] + weight * values if e in rates else weight * values
+        for total, values in ((rates, part.rates), (drives, part.drives)):
+            for e, value in values.items():
+                total[e] = total[e] + weight * value if e in total else weight * value
     lost = sum(weight * part.lost for weight, part in zip(weights, parts, strict=True))
     way = sum(weight * part.way for weight, part in zip(weights, parts, strict=True))
-    return Jumps(rates, lost, way, torch.stack([part.swings for part in parts]).amax(0))
+    return Jumps(rates, lost, way, drives, torch.stack([part.swings for part in parts]).amax(0))
 
 
 def jumps_at(equation: FokkerPlanck, box: Box, time: Tensor | float, stacklevel: int = 2) -> Jumps:
@@ -74,15 +78,18 @@ def jumps_at(equation: FokkerPlanck, box: Box, time: Tensor | float, stacklevel:
         a = a.diagonal(dim1=1, dim2=2)
     lines = _Matrix(equation, box, time, a, stacklevel + 1) if a.dim() == 3 else _Axes(equation, box, time, a)
     rates: dict[Offset, Tensor] = {}
+    drives: dict[Offset, Tensor] = {}
     lost = torch.zeros(box.number, dtype=torch.float64, device=box.device)
     way = torch.zeros(box.dim, box.number, dtype=torch.float64, device=box.device)
     swings = torch.zeros(box.number, dtype=torch.float64, device=box.device)
     for e in lines.offsets:
         found = box.neighbours(e)
         rates[e] = torch.zeros(2, box.number, dtype=torch.float64, device=box.device)
+        drives[e] = torch.zeros(box.number, dtype=torch.float64, device=box.device)
         if found.ends.numel():
-            both, swing = lines.between(e, found.ends)
+            both, drive, swing = lines.between(e, found.ends)
             rates[e].index_copy_(1, found.ends[0], both.detach())
+            drives[e][found.ends[0]] = drive.detach()
             swings[found.ends[0]] = torch.maximum(swings[found.ends[0]], swing.detach())
         for sign in (1, -1) if "absorbing" in box.boundary else ():
             signed = tuple(sign * step for step in e)
@@ -92,7 +99,7 @@ def jumps_at(equation: FokkerPlanck, box: Box, time: Tensor | float, stacklevel:
                 lost[out.lost] += leaving
                 vector = box.spacing * torch.tensor(signed, dtype=torch.float64, device=box.device)
                 way[:, out.lost] += vector[:, None] * (leaving * out.fraction)
-    return Jumps(rates, lost, way, swings)
+    return Jumps(rates, lost, way, drives, swings)
 
 
 def both_ways(w: Tensor) -> Tensor:
@@ -115,11 +122,11 @@ class _Axes:
         self.half = self._half(a)
         self.offsets = [tuple(int(i == j) for j in range(box.dim)) for i in range(box.dim)]
 
-    def between(self, e: Offset, ends: Tensor) -> tuple[Tensor, Tensor]:
-        """Both rates (2, m) of the lines from one cell to another, (2, m), and by how much each swings (m,)."""
+    def between(self, e: Offset, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both rates (2, m) of the lines from one cell to another, (2, m), w, and by how much each swings (m,)."""
         axis = e.index(1)
         w, correction, usual, swing = self._line(ends[0], axis, 1.0)
-        return self._own(ends, axis, usual) * both_ways(w) / correction, swing
+        return self._own(ends, axis, usual) * both_ways(w) / correction, w, swing
 
     def leaving(self, e: Offset, sign: int, start: Tensor, fraction: Tensor) -> Tensor:
         """The rate (m,) from the cells to the face that is the `fraction` of a cell away, along `sign` e."""
@@ -181,10 +188,10 @@ class _Matrix:
         share = min(1.0, float(((least - values).clamp_min(0) / largest.clamp_min(TINY)).max()))
         return (vectors * torch.maximum(values, least)[:, None]) @ vectors.mT, share
 
-    def between(self, e: Offset, ends: Tensor) -> tuple[Tensor, Tensor]:
+    def between(self, e: Offset, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rho = (self._rho(e, ends[0]) + self._rho(e, ends[1])) / 2
         w, swing = self._line(ends[0], e, 1.0)
-        return rho * both_ways(w), swing
+        return rho * both_ways(w), w, swing
 
     def leaving(self, e: Offset, sign: int, start: Tensor, fraction: Tensor) -> Tensor:
         return self._rho(e, start) * both_ways(self._line(start, e, sign * fraction[:, None])[0])[0] / fraction

@@ -139,6 +139,15 @@ def steepness(box: Box, jumps: Jumps) -> Tensor:
     return steepest
 
 
+def _may_be_coarse(box: Box, e: tuple[int, ...], pair: Tensor, shares: Tensor) -> bool:
+    """Whether enough of the mass is where jumps by `e` are much more frequent one way than the other."""
+    steep = (pair > math.exp(STEEP) * pair.flip(0)).any(0)
+    if not bool(steep.any()):
+        return False
+    both = steep.to(shares)
+    return bool((shares @ both + shares[:, box.neighbours(e).target] @ both > STEEP_SHARE).any())
+
+
 def warn_if_coarse(box: Box, each: list[tuple[Jumps, Tensor]], stacklevel: int) -> None:
     """Warn where, in any of the states, much of the mass is in cells that are too wide for the drift or its swings.
 
@@ -151,10 +160,10 @@ def warn_if_coarse(box: Box, each: list[tuple[Jumps, Tensor]], stacklevel: int) 
         if bool(swings.any()):
             share = mass @ swings.to(mass) / mass.sum(1).clamp_min(SMALLEST)
             swinging = max(swinging, float(share.max()))
-        if not any(bool((pair > math.exp(STEEP) * pair.flip(0)).any()) for pair in jumps.rates.values()):
+        shares = mass / mass.sum(1, keepdim=True).clamp_min(SMALLEST)
+        if not any(_may_be_coarse(box, e, pair, shares) for e, pair in jumps.rates.items()):
             continue
         steep = steepness(box, jumps)
-        shares = mass / mass.sum(1, keepdim=True).clamp_min(SMALLEST)
         for axis, change in enumerate(steep):
             beyond = (shares @ (change > STEEP).to(shares)).max()
             if float(beyond) > STEEP_SHARE:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.fokker_planck import FokkerPlanck, jump_process, problems
+from diffusion.fokker_planck import FokkerPlanck, lines, problems
 from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.evolution import talbot
 from diffusion.fokker_planck.grid import GridSolver
@@ -20,7 +20,7 @@ def flow(noise):
 
 
 WELL, RATCHET = problems.double_well(), problems.ratchet()
-# the equation, the domain, cells, the boundary, the duration, where the mass starts, and whether the poles do
+# the equation, the domain, cells, the boundary, the duration, where the mass starts, and whether the poles do in one go
 CASES = {
     "ou": (problems.ornstein_uhlenbeck().equation, (-6.0, 6.0), 200, "reflecting", 1.0, 0.6, True),
     "ou_long": (problems.ornstein_uhlenbeck().equation, (-6.0, 6.0), 100, "reflecting", 1e4, 0.6, True),
@@ -71,11 +71,13 @@ def positive(process, state, duration):
 
 @pytest.mark.parametrize("name", CASES)
 def test_exponential_on_a_line(name):
+    """Of the chain itself, as for states that the cells do not resolve."""
     *line, duration, place, rational = CASES[name]
     process = chain(*line)
     state = starts(process, place)
+    process.ledger.smooth = np.zeros(2, bool)
     found, exact = process.advance(state, duration), positive(process, state, duration)
-    assert (process._rational(state, duration) is not None) == rational
+    assert (process._line._rational(state.numpy(), duration, None) is not None) == rational
     rounding = 1e-17 * process.rate * duration  # of the rates, that both add up
     assert float(((found - exact).abs().sum(1) / state.sum(1)).max()) < rounding + (3e-13 if rational else 1e-12)
     torch.testing.assert_close(found.sum(1), state.sum(1), rtol=1e-14, atol=0)
@@ -88,8 +90,9 @@ def test_series_and_poles_agree(name):
     *line, duration, place, _ = CASES[name]
     process = chain(*line)
     state = starts(process, place)[1:]
+    process.ledger.smooth = np.zeros(1, bool)
     found = process.advance(state, duration)
-    process._line = False
+    process._line = None
     series = process.advance(state, duration)
     assert float((found - series).abs().sum() / state.sum()) < 2e-11  # the growth of the terms costs the series digits
     assert not torch.equal(found, series)
@@ -101,17 +104,17 @@ def test_batches_go_in_parts(name, monkeypatch):
     process = chain(*line)
     generator = torch.Generator().manual_seed(0)
     states = torch.rand(20, starts(process, 0.5).shape[1], generator=generator, dtype=torch.float64)
-    parts, resolvents = [], jump_process._resolvents
+    parts, resolvents = [], lines._resolvents
 
     def counted(*args):
         parts.append(args[-1].shape[1])
         return resolvents(*args)
 
-    monkeypatch.setattr(jump_process, "_resolvents", counted)
-    monkeypatch.setattr(jump_process, "BATCH", 7 * states.shape[1])
+    monkeypatch.setattr(lines, "_resolvents", counted)
+    monkeypatch.setattr(lines, "BATCH", 7 * states.shape[1])
     found = process.advance(states, duration)
     assert parts == [7, 7, 6]
-    alone = torch.cat([process.advance(state[None], duration) for state in states])
+    alone = torch.cat([chain(*line).advance(state[None], duration) for state in states])
     torch.testing.assert_close(found, alone, rtol=1e-13, atol=1e-15)
 
 

@@ -1,0 +1,183 @@
+"""Chains on a line or a circle: the exponential by tridiagonal solves, and what makes it of fourth order in space.
+
+Fitted rates R act on a smooth density as the equation's operator A does, up to an error of second order that is known:
+with the current J, the flow from one centre to the next is J + h^2 / 12 (J'' - phi' J') + O(h^4), phi' = f / D, so that
+
+    R p = A p + h^2 / 12 (q' - phi' q)' + O(h^4),    q = A p,
+
+whatever the noise. With S the chain of the same drift and of noise D = 1, whose rates are b(-w) and b(w) in cells, this
+is R = (1 + S / 12) A: M p' = R p with M = 1 + S / 12 is a compact scheme (Collatz 1960, "Mehrstellenverfahren"). The
+columns of S sum to 0 and nothing but p' meets it, so that the mass and all that is at rest are kept as they are by R.
+At walls that hold mass M is only of second order. exp(t M^-1 R) may be negative where a density is too rough for its
+cells, which M^-1 p shows: for such M is 1. All numbers are numpy's, on the CPU.
+"""
+
+from functools import cached_property, lru_cache
+
+import numpy as np
+from scipy.linalg import block_diag
+from scipy.linalg.lapack import zgtsv
+
+from diffusion.fokker_planck.evolution import talbot
+
+POLES = 28, 24  # of the rational approximation, and of the one that it is compared with
+BATCH = 2**18  # numbers in states for which all poles are taken at once
+EPSILON = float(np.finfo(float).eps)
+AGREEMENT = 1e-11  # of the two, relative to the mass; the finer is better by two digits, unless rounding is reached
+SHORTEST = 1 / 256  # part of a duration
+STEEP = 2 / np.tanh(1)  # b(-w) + b(w) at w = 2, beyond which S fades: M is to be far from singular
+ROUGH = 1e-3  # of the mass, that M^-1 p may have below 0
+
+
+class Line:
+    """The generator of a chain on a line of n cells, or on a circle, and M.
+
+    Args:
+        up, down: rates (n,) to the next cell, and from that back; the cell next to the last is the first, if any.
+        drive: w (n,), the increase of phi to the next cell.
+        lost: rates (n,) through absorbing ends, or None: states have one number more for what these take.
+    """
+
+    def __init__(self, up: np.ndarray, down: np.ndarray, drive: np.ndarray, lost: np.ndarray | None = None):
+        self.up, self.down, self.lost, self.number = up, down, lost, len(up)
+        self.rates = _generator(up, down)
+        if lost is not None:
+            self.rates[1] -= lost
+        size = np.maximum(np.abs(drive), 1e-300)
+        back = size / np.expm1(size)
+        share = np.clip(2 - (2 * back + size) / STEEP, 0.0, 1.0) / 12 * (up + down > 0)
+        self.compact = _generator(share * (back + np.maximum(drive, 0)), share * (back + np.maximum(-drive, 0)))
+        self.compact[1] += 1
+
+    def smooth(self, states: np.ndarray) -> np.ndarray:
+        """Of which of the states (B, n) the cells resolve the density, (B,)."""
+        masses = states[:, : self.number]
+        (found,) = _solved(self.compact[:, None] + 0j, masses.T[None] + 0j).real
+        return -np.minimum(found, 0).sum(0) <= ROUGH * masses.sum(1)
+
+    def advance(self, states: np.ndarray, duration: float, smooth: np.ndarray) -> np.ndarray | None:
+        """The states (B, n), or (B, n + 1), after the duration, for the exponential of M^-1 R; of R where not smooth.
+
+        Talbot's rule, for parts of the duration where it is not exact, as two numbers of poles show by their
+        difference: where drift is much larger than noise, or goes around a circle. None where that does not do.
+        """
+        result = states.copy()
+        many = max(1, BATCH // states.shape[1])
+        for compact, rows in ((self.compact, np.flatnonzero(smooth)), (None, np.flatnonzero(~smooth))):
+            for k in range(0, len(rows), many):
+                part, left, step = rows[k : k + many], 1.0, 1.0
+                while left > 0:
+                    found = self._rational(result[part], step * duration, compact)
+                    if found is not None:
+                        result[part], left = found, left - step
+                    elif step > SHORTEST:
+                        step /= 2
+                    else:
+                        return None
+        return result
+
+    def _rational(self, states: np.ndarray, duration: float, compact: np.ndarray | None) -> np.ndarray | None:
+        """What is absorbed, int lost . exp(s A) state ds, has w / z for w.
+
+        Results are scaled to the mass before they are compared. Beside the agreement they are allowed a rounding for
+        each jump: so far does a last digit of the rates move the answer. What is at rest stays as it is, without these.
+        """
+        poles, weights = _rules(self.lost is not None)
+        masses = states[:, : self.number].T
+        still = None if self._at_rest is None else self._at_rest[:, None] * masses.sum(0)
+        start = masses if still is None else masses - still
+        found = _resolvents(poles, duration * self.rates, compact, start)
+        results = (weights @ found.reshape(len(poles), -1)).real.reshape(len(weights), *start.shape)
+        if self.lost is not None:
+            absorbed = states[:, self.number] + duration * self.lost @ results[len(POLES) :]
+            results = np.concatenate([results[: len(POLES)], absorbed[:, None]], 1)
+        elif still is not None:
+            results += still
+        with np.errstate(all="ignore"):
+            fine, coarse = results / results.sum(1, keepdims=True)
+            if not (np.abs(fine - coarse).sum(0) <= AGREEMENT + EPSILON * duration * -self.rates[1].min()).all():
+                return None
+        return results[0].T
+
+    @cached_property
+    def _at_rest(self) -> np.ndarray | None:
+        """The law (n,) that the chain keeps; None where mass is lost or a jump is impossible.
+
+        With the current J = p_k up_k - p_(k+1) down_k and h the sums of log(up / down), p_k exp(-h_k) falls from one
+        cell to the next by J s_k, s_k = exp(-h_(k+1)) / down_k, and around a circle by the factor exp(-h_n): it is J
+        times (s_k + ... + s_(n-1)) + (s_0 + ... + s_(n-1)) / (exp(h_n) - 1). Between ends there is no current.
+        """
+        jumps = self.up[:-1].all() and self.down[:-1].all()
+        circle = self.up[-1] > 0 and self.down[-1] > 0
+        if self.lost is not None or not jumps or (not circle and (self.up[-1] > 0 or self.down[-1] > 0)):
+            return None
+        up, down = np.log(self.up[: None if circle else -1]), np.log(self.down[: None if circle else -1])
+        logs = np.zeros(len(up) + 1, np.longdouble)
+        np.cumsum(up - down, dtype=np.longdouble, out=logs[1:])
+        if circle:
+            around, logs = logs[-1], logs[:-1]
+        if circle and around != 0:
+            turned = around < 0
+            if turned:  # the other way around, from cell 0 on
+                up, down = down[::-1], up[::-1]
+                logs, around = np.append(logs[:1], logs[:0:-1] - around), -around
+            steps = -np.append(logs[1:], around) - down
+            tails = np.logaddexp.accumulate(steps[::-1])[::-1]
+            logs = logs + np.logaddexp(tails - tails[0], -np.log(np.expm1(around)))
+            logs = np.append(logs[:1], logs[:0:-1]) if turned else logs
+        law = np.exp((logs - logs.max()).astype(float))
+        return law / law.sum()
+
+
+def _generator(up: np.ndarray, down: np.ndarray) -> np.ndarray:
+    """The bands (3, n) of a chain without losses: the entries (k + 1, k), (k, k) and (k, k + 1), modulo n."""
+    return np.stack([up, -up - np.roll(down, 1), down])
+
+
+@lru_cache
+def _rules(integrals: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The poles z of all the rules, and weights w of each; with integrals also w / z."""
+    rules = [talbot(number) for number in POLES]
+    poles, weights = np.concatenate([z for z, _ in rules]), block_diag(*(w for _, w in rules))
+    return poles, np.vstack([weights, weights / poles]) if integrals else weights
+
+
+def _resolvents(z: np.ndarray, rates: np.ndarray, compact: np.ndarray | None, start: np.ndarray) -> np.ndarray:
+    """(R - z M)^-1 M start, (poles, n, B), for bands (3, n) and start (n, B)."""
+    bands = np.empty((3, len(z), rates.shape[1]), complex)
+    bands[:] = rates[:, None]
+    if compact is None:
+        bands[1] -= z[:, None]
+    else:
+        bands -= compact[:, None] * z[:, None]
+        low, middle, high = compact[:, :, None]
+        start = middle * start + np.roll(low * start, 1, 0) + high * np.roll(start, -1, 0)
+    known = np.empty((len(z), *start.shape), complex)
+    known[:] = start
+    return _solved(bands, known)
+
+
+def _solved(bands: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The solutions (P, n, B) for P matrices of bands (3, P, n), which are overwritten: one system, a block for each.
+
+    What joins the last cell to the first is a matrix of rank 1 (Sherman & Morrison 1950).
+    """
+    low, middle, high = bands
+    first, last = low[:, -1].copy(), high[:, -1].copy()  # entries (0, n - 1) and (n - 1, 0)
+    low[:, -1] = high[:, -1] = 0
+    circle = first.any() or last.any()
+    if circle:
+        pivot = -middle[:, 0]
+        middle[:, 0] -= pivot
+        middle[:, -1] -= first * last / pivot
+        column = np.zeros((*known.shape[:2], 1), complex)
+        column[:, 0, 0], column[:, -1, 0] = pivot, last
+        known = np.concatenate([known, column], 2)
+    shape, (low, middle, high) = known.shape, bands.reshape(3, -1)
+    known = known.reshape(-1, shape[2])
+    found = zgtsv(low[:-1], middle, high[:-1], known, overwrite_dl=1, overwrite_d=1, overwrite_du=1, overwrite_b=1)[3]
+    found = found.reshape(shape)
+    if circle:
+        ends = found[:, 0] + (first / pivot)[:, None] * found[:, -1]
+        found = found[:, :, :-1] - found[:, :, -1:] * (ends[:, :-1] / (1 + ends[:, -1:]))[:, None]
+    return found

@@ -1,0 +1,108 @@
+"""Chains on lines and circles: the compact scheme against dense matrices, and what it is not used for."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import expm
+
+from diffusion.fokker_planck import FokkerPlanck, GridSolver, problems
+from diffusion.fokker_planck.box import Box
+from diffusion.fokker_planck.jump_process import JumpProcess
+from diffusion.fokker_planck.jumps import jumps_at
+from diffusion.fokker_planck.laws import gaussian
+
+# the equation and its domain, cells, the boundary, the duration
+CASES = {
+    "ou": (problems.ornstein_uhlenbeck(), 48, "reflecting", 1.0),
+    "geometric_brownian": (problems.geometric_brownian(), 96, "reflecting", 0.5),
+    "absorbing": (problems.ratchet(), 48, "absorbing", 0.5),
+    "ratchet": (problems.ratchet(), 48, "periodic", 1.0),
+    "ratchet_back": (problems.ratchet(force=-2.0, temperature=0.1), 64, "periodic", 3.0),
+    "closed_ratchet": (problems.ratchet(force=0.0), 32, "periodic", 1.0),
+    "three_cells": (problems.ratchet(), 3, "periodic", 1.0),
+}
+
+
+def line_of(name):
+    problem, cells, boundary, duration = CASES[name]
+    box = Box(problem.domain, cells, boundary)
+    return JumpProcess(box, jumps_at(problem.equation, box, 0.0)), duration
+
+
+def dense(bands):
+    size = bands.shape[1]
+    matrix, k = np.zeros((size, size)), np.arange(size)
+    for values, rows, columns in zip(bands, (k + 1, k, k), (k, k, k + 1), strict=True):
+        matrix[rows % size, columns % size] += values
+    return matrix
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_compact_scheme_is_an_exponential(name):
+    process, duration = line_of(name)
+    line, size = process._line, process.number + process.absorbing
+    chain = process.apply(torch.eye(size, dtype=torch.float64)).numpy().T
+    np.testing.assert_allclose(dense(line.rates), chain[: line.number, : line.number], rtol=0, atol=1e-12)
+    compact = dense(line.compact)
+    np.testing.assert_allclose(compact.sum(0), 1.0, rtol=0, atol=1e-14)
+    generator = np.zeros((size, size))
+    generator[: line.number, : line.number] = np.linalg.solve(compact, dense(line.rates))
+    if process.absorbing:
+        generator[-1, :-1] = line.lost
+    states = torch.rand(3, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
+    found = line.advance(states, duration, np.array([True, False, True]))
+    exact = states @ expm(duration * generator).T
+    exact[1] = expm(duration * chain) @ states[1]
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "absorbing"])
+def test_the_law_at_rest(name):
+    process, _ = line_of(name)
+    line = process._line
+    assert np.abs(dense(line.rates) @ line._at_rest).max() < 1e-15 * process.rate
+    assert line._at_rest.min() > 0 and line._at_rest.sum() == pytest.approx(1.0, abs=1e-14)
+
+
+def test_a_circle_keeps_its_current_on_fine_grids():
+    problem = problems.ratchet()
+    grid = GridSolver(problem.equation, problem.domain, 8192, "periodic")
+    rest = torch.from_numpy(JumpProcess(grid.box, jumps_at(problem.equation, grid.box, 0.0))._line._at_rest)
+    kept = grid.solve(rest / grid.box.volume, [0.0, 20.0]).density[-1]
+    assert float((kept * grid.box.volume - rest).abs().sum()) < 1e-14
+
+
+def test_the_weights_are_those_of_a_fourth_order():
+    """Without drift M is (1, 10, 1) / 12: R p = M A p + O(h^4), here on a wave, and on the sixth order no more."""
+    box = Box([(0.0, math.tau)], 24, "periodic")
+    line = JumpProcess(box, jumps_at(FokkerPlanck(lambda x, t: 0 * x, math.sqrt(2.0)), box, 0.0))._line
+    np.testing.assert_allclose(line.compact, np.array([[1.0], [10.0], [1.0]]).repeat(24, 1) / 12, rtol=1e-14)
+    wave = np.sin(box.axes[0].numpy())
+    ratio = (dense(line.rates) @ wave) / (dense(line.compact) @ wave)
+    np.testing.assert_allclose(ratio, -1 + (math.tau / 24) ** 4 / 240, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("spread", "smooth"), [(0.4, False), (0.6, False), (1.0, True), (3.0, True)])
+def test_what_the_cells_do_not_resolve_is_left_to_the_chain(spread, smooth):
+    """The spread is that of the start, in cells; each member of a batch is looked at by itself."""
+    equation = FokkerPlanck(lambda x, t: -x, 1.0)
+    grid = GridSolver(equation, [(-5.0, 5.0)], 50)
+    starts = torch.stack([grid.density(gaussian(0.3, s), lost=1e-3) for s in (0.2 * spread, 1.0)])
+    process = JumpProcess(grid.box, jumps_at(equation, grid.box, 0.0))
+    assert process._line.smooth(starts.numpy()).tolist() == [smooth, True]
+    short, found = 0.02, grid.solve(starts, [0.0, 0.02])
+    chain = expm(short * dense(process._line.rates)) @ starts[0].numpy()
+    gap = float(np.abs(found.density[1, 0].numpy() - chain).sum()) * grid.box.volume
+    assert gap < 1e-12 if not smooth else gap > 1e-5
+    assert float(found.density.min()) >= 0 and found.put_back < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:the grid is too coarse")
+def test_cells_that_are_too_wide_for_the_drift_leave_the_scheme_regular():
+    problem = problems.double_well(barrier=30.0)
+    for cells in (16, 31, 64):
+        box = Box(problem.domain, cells)
+        compact = dense(JumpProcess(box, jumps_at(problem.equation, box, 0.0))._line.compact)
+        assert (2 * np.abs(compact.diagonal()) - np.abs(compact).sum(0)).min() > 0.1  # diagonally dominant
