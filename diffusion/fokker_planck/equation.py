@@ -189,6 +189,12 @@ class FokkerPlanck:
         moving = size > 1e-6 * float(step.norm(dim=1).max()) * function(x, t).abs().max().clamp_min(1e-12)
         return not bool(moving.any()) or (followed and float((gap > 0.01 * size)[moving].double().mean()) <= 0.5)
 
+    def functions(self, x: Tensor, t: Tensor | float) -> list[tuple[Function, bool]]:
+        """Drift and diffusion (or covariance) as given, and whether each takes the time as one number."""
+        self.drift(x, t), self.covariance(x, t)  # which asks them
+        noise = ("diffusion", self._diffusion) if self._covariance is None else ("covariance", self._covariance)
+        return [(function, self._of_number[name]) for name, function in (("drift", self._drift), noise)]
+
     def at_any_time(self, ask: Callable[[Tensor], Found]) -> Found | None:
         """What `ask`, of a time, makes of drift and diffusion, if these do nothing with the time; otherwise None.
 

@@ -82,10 +82,9 @@ def evolve(
     tolerance: float = 1e-8,
     steps: int | None = None,
     extrapolate: bool = False,
+    stops: Sequence[float] = (),
 ) -> Evolution:
     """States (K, B, n) at the rising `times`, from `state` (B, n) at the first of them.
-
-    Changes of A that are over within some hundredth of the time are seen only if a step is near them: give times there.
 
     Args:
         mean: (t, t') -> the mean of A over that time, see `mean_over`.
@@ -93,6 +92,7 @@ def evolve(
         tolerance: of the error at the last time; the errors of the steps add up to no more.
         steps: of equal length between each two times, instead of steps chosen by the tolerance.
         extrapolate: combine the step with its parts for order 4; the result may then be negative.
+        stops: other times at which steps that are chosen by the tolerance are to end, see `changes`.
 
     Warns:
         the estimated error of a fixed number of steps is above the tolerance.
@@ -105,7 +105,7 @@ def evolve(
         raise UserError(f"tolerance is {tolerance} and steps is {steps}, expected positive numbers, or no steps")
     states, number, error, total = [state], 0, 0.0, times[-1] - times[0]
     proposed, kept, grow, exponent = total, JUMPS * tolerance, 5.0, 1 / 4 if extrapolate else 1 / 2
-    for start, stop in itertools.pairwise(times):
+    for start, stop in itertools.pairwise(times if steps else sorted({*times, *stops})):
         t = start
         while t < stop:
             left = stop - t
@@ -130,7 +130,8 @@ def evolve(
                 proposed, grow = h * min(grow, max(0.2, wanted)), 5.0
                 kept -= 0 if smooth else step_error
             state, t, error = following, stop if h == left else t + h, error + step_error
-        states.append(state)
+        if stop in times:
+            states.append(state)
     if steps and error > tolerance:
         warnings.warn(
             f"{steps} steps between times are too coarse: the estimated error is {error:.2g}, above the tolerance "

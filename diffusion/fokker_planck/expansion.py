@@ -17,6 +17,8 @@ from diffusion.fokker_planck.weak_form import Tilt
 
 COARSE = 1e-4  # L1 size of the last coefficients above which the expansion has not decayed
 AT_ENDS = 1e-4  # density times length at the ends of a period that the equation does not have
+SWING = 0.01  # share of what drives the density, by which it may be missed between nodes
+LOOKED_AT = 32  # places
 AT_WALLS = 0.1  # density times length that has come to lie at a wall
 
 
@@ -168,6 +170,32 @@ class GalerkinSolution:
                     f"{share:.2g} there, expected below {AT_ENDS:.2g}; take a wider domain, or Legendre functions",
                     stacklevel=3,
                 )
+
+    def warn_of_swings(self, name: str, function: Callable[[Tensor], Tensor]) -> None:
+        """Warns where a function of points, times the last density, is not what is expanded from its values at nodes.
+
+        It is looked at half-way between nodes, next to those with the most mass.
+
+        Args:
+            function: (M, d) -> (M, m).
+        """
+        product, values = self.expansion.product, self.values[-1].reshape(-1)
+        masses = (values * self.weights.reshape(-1)).abs()
+        most = masses.topk(min(LOOKED_AT, len(masses))).indices
+        places = torch.unravel_index(most, product.shape)
+        halves = [(nodes[:-1] + nodes[1:]) / 2 for nodes in product.nodes]
+        x = torch.stack([half[i.clamp_max(len(half) - 1)] for half, i in zip(halves, places, strict=True)], 1)
+        numbers = values * product.roots * (-product.log_tilt(product.points)).exp()
+        parts = product.to_modes((function(product.points).T * numbers).reshape(-1, *product.shape))
+        expanded = torch.stack([product.evaluate(part, x) for part in parts], 1) * product.log_tilt(x).exp()[:, None]
+        exact = function(x) * self.density(x)[:, None]
+        gap, size = (float(masses[most] @ values.abs().sum(1)) for values in (expanded - exact, exact))
+        if gap > SWING * size:
+            warnings.warn(
+                f"the {name} swings faster than the functions: between the nodes, times the density, it is "
+                f"{gap / size:.2g} off relative to itself, expected below {SWING:.2g}; take more functions",
+                stacklevel=4,
+            )
 
     def warn_if_at_walls(self) -> None:
         """Warns where mass has come to lie against a wall (Legendre) to which the drift points: it may cut it off.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.fokker_planck.bases import Basis, Fourier
+from diffusion.fokker_planck.changes import turning_times
 from diffusion.fokker_planck.equation import FokkerPlanck
 from diffusion.fokker_planck.evolution import Operator, evolve, mean_over, rising
 from diffusion.fokker_planck.expansion import Expansion, GalerkinSolution
@@ -16,7 +17,7 @@ from diffusion.fokker_planck.gibbs import GibbsRoot
 from diffusion.fokker_planck.laws import Law
 from diffusion.fokker_planck.observables import warn_of_leaps
 from diffusion.fokker_planck.products import Product
-from diffusion.fokker_planck.weak_form import Tilt, WeakOperator, coefficients, plain_tilt
+from diffusion.fokker_planck.weak_form import Tilt, WeakOperator, coefficients, gibbs_push, plain_tilt
 
 REMEMBERED = 3  # operators
 IRREGULAR = 0.618034
@@ -46,6 +47,10 @@ class WeakSolver(ABC):
     @abstractmethod
     def _mean(self, tilt: Tilt) -> Callable[[float, float], Operator]:
         """(t, t') -> the mean operator over that time; the same one where it is the same."""
+
+    @abstractmethod
+    def _turning_times(self, times: list[float]) -> Sequence[float]:
+        """See `changes`."""
 
     @abstractmethod
     def _cut_axes(self, times: list[float]) -> list[int]:
@@ -87,16 +92,17 @@ class WeakSolver(ABC):
         def norm(difference: Tensor) -> float:
             return float((size * self.product.numbers(difference).reshape(-1)).abs().sum())
 
-        evolution = evolve(self._mean(tilt), state[None], times, norm, tolerance, steps, extrapolate=True)
+        stops = self._turning_times(times)
+        evolution = evolve(self._mean(tilt), state[None], times, norm, tolerance, steps, extrapolate=True, stops=stops)
         solution = GalerkinSolution.of(expansion, tilt, times, evolution, float(steady), errors)
         solution.warn_where_coarse(self._cut_axes(times))
         solution.warn_if_at_walls()
-        self._warn_of_leaps(solution)
+        self._look_at_equation(solution)
         return solution
 
     @abstractmethod
-    def _warn_of_leaps(self, solution: GalerkinSolution) -> None:
-        """Warn of noise that changes otherwise than its derivatives say, where these are taken."""
+    def _look_at_equation(self, solution: GalerkinSolution) -> None:
+        """Warn of drift or noise that the functions do not resolve, and of noise that leaps."""
 
     def _from_law(self, law: Law, tilt: Tilt, tolerance: float) -> Tensor:
         points, roots = self.product.points, self.product.roots
@@ -178,8 +184,7 @@ class GalerkinSolver(WeakSolver):
 
     The mass is kept to rounding. Where the operator does not change in time, or by a factor only, the solution is exact
     in time; otherwise steps of order 4 are chosen by the tolerance. The density may be negative where it is small: how
-    much is reported, and `GalerkinSolution.positive` takes it away. The truncation that is reported is that of the
-    density: it does not tell of a drift that swings faster than the functions do, so that more of them are the test.
+    much is reported, and `GalerkinSolution.positive` takes it away.
 
     Args:
         equation: in d = 1, 2 or 3 coordinates.
@@ -217,6 +222,11 @@ class GalerkinSolver(WeakSolver):
             return Expansion(self.product, root), Tilt.of(self.product, root(points), root.slopes, symmetrised=True)
         return Expansion(self.product, self.product.log_tilt), plain_tilt(self.product)
 
+    def _turning_times(self, times: list[float]) -> Sequence[float]:
+        points = self.product.points
+        still = len(times) < 2 or self.equation.at_any_time(lambda t: gibbs_push(self.equation, points[:1], t))
+        return () if still else turning_times(self.equation, points, times[0], times[-1])
+
     def _cut_axes(self, times: list[float]) -> list[int]:
         between = [times[0] + (times[-1] - times[0]) * (k * IRREGULAR % 1) for k in range(1, 8)]
         return [
@@ -225,7 +235,12 @@ class GalerkinSolver(WeakSolver):
             if isinstance(basis, Fourier) and any(self._is_cut(i, basis, time) for time in times + between)
         ]
 
-    def _warn_of_leaps(self, solution: GalerkinSolution) -> None:
+    def _look_at_equation(self, solution: GalerkinSolution) -> None:
+        last = float(solution.times[-1])
+        solution.warn_of_swings("drift", lambda x: self.equation.drift(x, last))
+        noise = self.equation.covariance(self.product.points, last)
+        if not bool((noise == noise[:1]).all()):
+            solution.warn_of_swings("noise", lambda x: self.equation.covariance(x, last).reshape(len(x), -1))
         masses = solution.values.reshape(len(solution.times), -1) * solution.weights.reshape(-1)
         warn_of_leaps(self.equation, self.product.nodes, float(solution.times[0]), masses, stacklevel=3)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.fokker_planck.box import Box
+from diffusion.fokker_planck.changes import turning_times
 from diffusion.fokker_planck.equation import FokkerPlanck
 from diffusion.fokker_planck.evolution import evolve, rising
 from diffusion.fokker_planck.jump_process import JumpProcess, Ledger
@@ -21,6 +22,7 @@ from diffusion.fokker_planck.observables import (
     pairs,
     warn_if_at_walls,
     warn_if_coarse,
+    warn_if_cut,
     warn_of_leaps,
 )
 from diffusion.fokker_planck.rates_in_time import RatesInTime
@@ -140,7 +142,7 @@ class GridSolver:
     ) -> GridSolution:
         """The density at rising `times`, the first of which is that of the start.
 
-        A push that is over within a twelfth of the time between two of them may not be seen: give times, or `steps`.
+        A push that is over within a 256th of the time may not be seen: give times around it.
 
         Args:
             start: a law, or densities (*cells) or (B, *cells), of any mass.
@@ -149,7 +151,7 @@ class GridSolver:
 
         Warns:
             the grid is too coarse for the drift or its swings, or the `steps` are for the tolerance; mass has come to
-            lie at reflecting walls from which the drift does not lead away.
+            lie at reflecting walls from which the drift does not lead away, or at ends of a period that differ.
 
         Raises:
             UserError: values that are negative, not finite or of another shape; times that do not rise; a law that
@@ -172,12 +174,14 @@ class GridSolver:
                 norm=lambda difference: float((difference.abs().sum(1) / mass).max()),
                 tolerance=tolerance,
                 steps=steps,
+                stops=turning_times(self.equation, box.centres, times[0], times[-1]) if rates.changing else (),
             )
         cells = states[:, :, : box.number]
         jumps = [rates.at(t) for t in (times if rates.changing else times[:1])]
         warn_if_coarse(box, pairs(jumps, cells), stacklevel=2)
         if any(sum(map(abs, e)) > 1 for e in jumps[0].rates):  # a full matrix
             warn_of_leaps(self.equation, box.axes, times[0], cells.reshape(-1, box.number), stacklevel=2)
+        warn_if_cut(box, cells, self.equation, times[-1], stacklevel=2)
         if len(times) > 1:
             warn_if_at_walls(box, cells, lambda x: self.equation.drift(x, times[-1]), stacklevel=2)
         batch = () if single else (number,)

@@ -19,6 +19,7 @@ NEGLIGIBLE = 1e-14  # of the largest flow
 NOISELESS = 50.0  # times as many cells as there are, above which it is no use to ask for them
 LEAP = 0.05  # of g g^T at both places together, by which the change of it may differ from that of its derivatives
 AT_WALLS = 1e-3  # of the mass
+CUT = 1e-6  # of the largest drift, by which it may differ between two ends that are one place
 SWING, SWING_SHARE = 0.05, 0.5  # see Jumps; of the mass: less may be on either side of a leap, which does no harm
 
 
@@ -124,6 +125,32 @@ def warn_if_at_walls(box: Box, masses: Tensor, drift: Callable[[Tensor], Tensor]
             "lead away; if these are not meant to hold it, take a larger domain, or absorbing walls to see what leaves",
             stacklevel=stacklevel + 1,
         )
+
+
+def warn_if_cut(box: Box, masses: Tensor, equation: FokkerPlanck, time: float, stacklevel: int) -> None:
+    """Warn where there is mass at the ends of a periodic coordinate, and drift or noise differ from one to the other.
+
+    Args:
+        masses: of the cells at the times, (K, B, n).
+    """
+    for axis in (axis for axis, word in enumerate(box.boundary) if word == "periodic"):
+        places, (low, high) = box.centres[:, axis], box.domain[axis]
+        at_end = places < low + box.widths[axis]
+        masses = masses.reshape(-1, box.number)
+        share = float((masses @ (at_end | (places > high - box.widths[axis])).to(masses) / masses.sum(1)).max())
+        if not share > AT_WALLS:
+            continue
+        first = box.centres[at_end].clone()
+        last = first.clone()
+        first[:, axis], last[:, axis] = low, high
+        for name, function in (("drift", equation.drift), ("g g^T", equation.covariance)):
+            gap = float((function(first, time) - function(last, time)).abs().max())
+            if gap > CUT * float(function(box.centres, time).abs().max()):
+                warnings.warn(
+                    f"the {name} differs by {gap:.3g} between the ends of coordinate {axis}, which is periodic, and "
+                    f"{share:.2g} of the mass is there; if no leap is meant, take a larger domain or other walls",
+                    stacklevel=stacklevel + 1,
+                )
 
 
 def steepness(box: Box, jumps: Jumps) -> Tensor:

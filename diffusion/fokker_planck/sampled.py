@@ -119,8 +119,11 @@ class SampledGalerkinSolver(WeakSolver):
         operator = _Matrix(self.matrix)
         return lambda start, stop: operator
 
+    def _turning_times(self, times: list[float]) -> tuple[float, ...]:
+        return ()
+
     def _cut_axes(self, times: list[float]) -> list[int]:
         return []
 
-    def _warn_of_leaps(self, solution):
-        """Nothing is differentiated."""
+    def _look_at_equation(self, solution):
+        """Nothing is known of it but at the samples."""

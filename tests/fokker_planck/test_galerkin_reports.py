@@ -254,3 +254,30 @@ def test_a_turning_drift_that_torch_cannot_differentiate_is_no_gradient(user_err
     equation = FokkerPlanck(lambda x, t: OU2.equation.drift(x, t).detach(), 2**0.5)
     with user_error("torch does not see how drift changes"):
         GalerkinSolver(equation, [Hermite(8)] * 2, True).solve(OU2.start, [0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("drift", "bases", "said"),
+    [
+        (lambda x: 5 * (40 * x).cos() - x, [Fourier(201, -5.0, 5.0)], True),  # 2e-2 off at a truncation of 4e-5
+        (lambda x: 5 * (40 * x).cos() - x, [Fourier(501, -5.0, 5.0)], False),
+        (lambda x: 5 * (8 * x).cos() - x, [Hermite(64)], True),
+        (lambda x: -x, [Hermite(32)], False),
+        (lambda x: 2 * (6 * x).sin() - x, [Fourier(65, -5.0, 5.0), Legendre(40, -5.0, 5.0)], True),
+        (lambda x: 0.5 * x.sin() - x, [Fourier(65, -5.0, 5.0), Hermite(32)], False),
+    ],
+)
+def test_a_drift_that_swings_faster_than_the_functions_is_named(drift, bases, said):
+    start = gaussian(0.0, 0.7, len(bases))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        GalerkinSolver(FokkerPlanck(lambda x, t: drift(x), 1.0), bases).solve(start, [0.0, 0.5])
+    named = [warning for warning in caught if "drift swings faster than the functions" in str(warning.message)]
+    assert len(named) == said and all(warning.filename == __file__ for warning in named)
+
+
+@pytest.mark.filterwarnings("ignore:the noise leaps", "ignore:the expansion has not decayed")
+def test_noise_that_swings_faster_than_the_functions_is_named():
+    equation = FokkerPlanck(lambda x, t: -x, lambda x, t: 1 + 0.3 * (30 * x).sin())
+    with pytest.warns(UserWarning, match="noise swings faster than the functions"):
+        GalerkinSolver(equation, [Fourier(151, -5.0, 5.0)]).solve(gaussian(0.0, 0.5), [0.0, 0.1])

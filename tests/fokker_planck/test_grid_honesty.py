@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from diffusion.fokker_planck import FokkerPlanck, GridSolver, problems
+from diffusion.fokker_planck import FokkerPlanck, Fourier, GalerkinSolver, GridSolver, problems
 from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.jump_process import JumpProcess
 from diffusion.fokker_planck.jumps import jumps_at
@@ -108,3 +108,55 @@ def test_walls_that_hold_mass_from_the_start_are_meant():
         warnings.simplefilter("error")
         start = torch.ones(50, dtype=torch.float64)
         GridSolver(FokkerPlanck(lambda x, t: torch.ones_like(x), 1.0), [(0, 1)], 50).solve(start, [0.0, 1.0])
+
+
+def pushed(width, place, kind):
+    """dx = f dt + dw, f = -x and a push of 2 in all, a bell around a time; and the mean at 1, from 1 / 2."""
+    height = 2 / (width * math.sqrt(math.pi))
+    drifts = {
+        "times": lambda x, t: height * (-(((t - place) / width) ** 2)).exp()[:, None] - x,
+        "a time": lambda x, t: height * torch.exp(-(((t - place) / width) ** 2)) - x,
+        "a number": lambda x, t: height * math.exp(-(((float(t) - place) / width) ** 2)) - x,
+    }
+    mean = 0.5 * math.exp(-1) + 2 * math.exp(place - 1 + width**2 / 4)
+    return FokkerPlanck(drifts[kind], 1.0), mean
+
+
+@pytest.mark.parametrize(
+    ("width", "place", "kind"), [(0.005, 0.53, "times"), (0.003, 0.22, "a time"), (0.05, 0.7, "a number")]
+)
+def test_a_short_push_is_not_passed_over(width, place, kind):
+    equation, exact = pushed(width, place, kind)
+    grid = GridSolver(equation, [(-6, 8)], 120).solve(gaussian(0.5, 0.5), [0.0, 1.0], tolerance=1e-2)
+    assert float((grid.density[-1] * grid.grid[0]).sum() * grid.box.volume) == pytest.approx(exact, abs=0.05)
+    assert len(grid.density) == 2
+    basis = GalerkinSolver(equation, [Fourier(81, -6, 8)]).solve(gaussian(0.5, 0.5), [0.0, 1.0], tolerance=1e-4)
+    assert float(basis.moments()[0][-1]) == pytest.approx(exact, abs=1e-4) and len(basis.values) == 2
+
+
+def test_noise_that_is_on_for_a_moment_is_not_passed_over():
+    """Its drift and noise change by one factor: a step that does not see it would be called exact."""
+    equation = FokkerPlanck(
+        lambda x, t: 0 * x, lambda x, t: 0.1 + 20 * (((t - 0.61).abs() < 0.004)[:, None] * (1 + 0 * x))
+    )
+    found = GridSolver(equation, [(-8, 8)], 160).solve(gaussian(0.0, 0.5), [0.0, 1.0], tolerance=1e-3)
+    variance = float((found.density[-1] * found.grid[0] ** 2).sum() * found.box.volume)
+    assert variance == pytest.approx(0.25 + 0.01 + 0.008 * (20.1**2 - 0.01), rel=0.02)
+
+
+def test_ends_of_a_period_that_differ_are_named():
+    """dx = -x dt + dw on a circle: at its end the drift leaps from -3 to 3."""
+    cut = GridSolver(FokkerPlanck(lambda x, t: -x, 1.0), [(-1.5, 1.5)], 60, "periodic")
+    start = torch.ones(60, dtype=torch.float64) / 3
+    with pytest.warns(UserWarning, match="drift differs by 3 between the ends of coordinate 0") as caught:
+        cut.solve(start, [0.0, 1.0])
+    assert caught[0].filename == __file__
+    noisy = FokkerPlanck(lambda x, t: 0 * x, lambda x, t: 2 + x[:, 1] / 3)
+    grid = GridSolver(noisy, [(-1.5, 1.5)] * 2, 12, ("reflecting", "periodic"))
+    with pytest.warns(UserWarning, match="g g\\^T differs by 4 between the ends of coordinate 1"):
+        grid.solve(torch.ones(12, 12, dtype=torch.float64) / 9, [0.0, 0.1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GridSolver(FokkerPlanck(lambda x, t: -x, 1.0), [(-6, 6)], 60, "periodic").solve(gaussian(0.0, 0.5), [0.0, 1.0])
+        ratchet = problems.ratchet()
+        GridSolver(ratchet.equation, ratchet.domain, 60, "periodic").solve(ratchet.start, [0.0, 1.0])

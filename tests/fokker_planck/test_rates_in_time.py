@@ -81,7 +81,7 @@ def test_how_often_an_equation_is_asked():
     problem = problems.variance_preserving(horizon=0.3)
     drift, noise = Counted(problem.equation._drift), Counted(problem.equation._diffusion)
     found = GridSolver(FokkerPlanck(drift, noise), problem.domain, 64).solve(problem.start, [0.0, 0.3])
-    assert found.steps == 1 and drift.calls <= 43 and noise.calls <= 45
+    assert found.steps == 1 and drift.calls <= 45 and noise.calls <= 47
 
 
 @pytest.mark.parametrize("noise", [lambda x, t: 1.0, lambda x, t: 1.0 + t * 0], ids=["still", "looking"])
