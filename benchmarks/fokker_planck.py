@@ -144,7 +144,7 @@ def methods(study: Study, with_peers: bool) -> dict[str, Callable[[], tuple[peer
     found: dict[str, Callable] = {}
 
     def grid(cells: int):
-        equation = FokkerPlanck(problem.equation._drift, problem.equation._diffusion)
+        equation = FokkerPlanck(problem.equation._drift.function, problem.equation._diffusion.function)
         solution = GridSolver(equation, problem.domain, cells).solve(problem.start, times)
         axes = [axis.numpy() for axis in solution.grid]
         return peers.Result(axes, solution.density[-1].numpy()), lambda: {

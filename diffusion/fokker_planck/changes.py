@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from diffusion.fokker_planck.equation import FokkerPlanck, Function
+from diffusion.fokker_planck.equation import FokkerPlanck
 
 MOMENTS = 256
 PLACES = 8
@@ -19,30 +19,17 @@ def turning_times(equation: FokkerPlanck, points: Tensor, start: float, stop: fl
     where all that changes only rises, or only falls: that shows at the ends.
     """
     some = points[torch.linspace(0, len(points) - 1, PLACES).round().long().unique()]
-    times = torch.linspace(start, stop, MOMENTS + 2, dtype=points.dtype, device=points.device)[1:-1]
-    course = torch.cat([_course(*function, some, times) for function in equation.functions(some, start)], 1)
+    times = torch.linspace(start, stop, MOMENTS + 2, dtype=torch.float64)[1:-1]
+    course = torch.cat([values.detach().reshape(MOMENTS, -1) for values in equation.over(some, times.tolist())], 1)
     low, high = course.aminmax(dim=0)
     changing = high - low > 1e-12 * torch.maximum(high.abs(), low.abs())
     if not bool(changing.any()):
         return []
     moved = (course[:, changing].diff(dim=0).abs() / (high - low)[changing]).cumsum(0)
-    moved = moved[:, moved[-1].argmax()]
+    moved = moved[:, moved[-1].argmax()].cpu()
     total = float(moved[-1])
     if not LEAST < total < float("inf"):
         return []
     apart = max(SWING, total / MOST)
-    marks = torch.arange(apart / 10, total, apart, dtype=moved.dtype, device=moved.device)
+    marks = torch.arange(apart / 10, total, apart, dtype=moved.dtype)
     return times[torch.searchsorted(moved, marks)].unique().tolist()
-
-
-def _course(function: Function, of_number: bool, x: Tensor, times: Tensor) -> Tensor:
-    """What a function of (x, t) gives at each time, (K, m)."""
-
-    def at(t: Tensor) -> Tensor:
-        value = function(x, t if of_number else t.expand(len(x)))
-        return torch.as_tensor(value, dtype=x.dtype, device=x.device).detach().reshape(-1)
-
-    try:
-        return torch.func.vmap(at)(times)
-    except Exception:  # a function of Python's numbers, for instance
-        return torch.stack([at(t) for t in times])

@@ -6,17 +6,13 @@ which is d_t p + div J = 0 with the current J = (f - 1/2 div a) p - 1/2 a grad p
 Time runs forward, points are (B, d), everything is computed in the dtype of the points.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
-
-Function = Callable[[Tensor, Tensor], Tensor]
-Found = TypeVar("Found")
+from diffusion.fokker_planck.asking import Asked, Found, Function, at_any_time, shown
 
 STEPS = 1e-5, 1e-3  # of differences that derivatives are compared with; the longer is for functions in float32
 
@@ -26,10 +22,6 @@ def act(matrix: Tensor, vector: Tensor) -> Tensor:
     if matrix.dim() == 3:
         return (matrix @ vector[:, :, None])[:, :, 0]
     return matrix.reshape(len(matrix), -1) * vector
-
-
-def _shown(value: object) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
 
 
 def _semidefinite(a: Tensor, x: Tensor) -> Tensor:
@@ -56,23 +48,6 @@ def _semidefinite(a: Tensor, x: Tensor) -> Tensor:
     return a
 
 
-class _Unread(Tensor):
-    """A time (B,) without numbers: whatever looks at it, in Python or below, is counted and gets an error."""
-
-    looks = 0
-
-    @staticmethod
-    def like(x: Tensor) -> "_Unread":
-        return Tensor._make_wrapper_subclass(_Unread, x.shape[:1], dtype=x.dtype, device=x.device)
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        _Unread.looks += 1
-        raise TypeError("this time is not to be looked at")
-
-    __torch_dispatch__ = __torch_function__
-
-
 class FokkerPlanck:
     """The equation of dx = drift dt + diffusion dw; from it come its solvers, the SDE and the probability-flow ODE.
 
@@ -91,13 +66,12 @@ class FokkerPlanck:
     def __init__(self, drift: Function, diffusion: Function | float):
         if not callable(drift) or not (callable(diffusion) or isinstance(diffusion, int | float)):
             raise UserError(
-                f"drift is {_shown(drift)} and diffusion is {_shown(diffusion)}, expected functions of (x, t), or a "
+                f"drift is {shown(drift)} and diffusion is {shown(diffusion)}, expected functions of (x, t), or a "
                 "number for the diffusion"
             )
-        self._drift = drift
-        self._diffusion = diffusion if callable(diffusion) else lambda x, t: float(diffusion)
-        self._covariance: Function | None = None
-        self._of_number: dict[str, bool] = {}
+        self._drift = Asked("drift", drift)
+        self._diffusion = Asked("diffusion", diffusion if callable(diffusion) else lambda x, t: float(diffusion))
+        self._covariance: Asked | None = None
         self._differentiable: set[str] = set()  # what has been checked
 
     @classmethod
@@ -116,23 +90,34 @@ class FokkerPlanck:
             return (vectors * values.clamp_min(0).sqrt()[:, None]) @ vectors.mT
 
         equation = cls(drift, diffusion)
-        equation._covariance = covariance
+        equation._covariance = Asked("covariance", covariance)
         return equation
 
     def drift(self, x: Tensor, t: Tensor | float) -> Tensor:
         """f (B, d) at `x` (B, d) and the time `t`, a number."""
-        return self._call("drift", self._drift, x, t)
+        return self._drift(x, t)
 
     def diffusion(self, x: Tensor, t: Tensor | float) -> Tensor:
         """g as the function gives it: (B,), (B, d) or (B, d, d)."""
-        return self._call("diffusion", self._diffusion, x, t)
+        return self._diffusion(x, t)
 
     def covariance(self, x: Tensor, t: Tensor | float) -> Tensor:
         """a = g g^T, (B,) or (B, d) where it is isotropic or diagonal, otherwise (B, d, d)."""
         if self._covariance is None:
             g = self.diffusion(x, t)
             return g @ g.mT if g.dim() == 3 else g.square()
-        return _semidefinite(self._call("covariance", self._covariance, x, t), x)
+        return _semidefinite(self._covariance(x, t), x)
+
+    def over(self, x: Tensor, times: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """f and a at each of K times, (K, B, d) and (K, B), (K, B, d) or (K, B, d, d)."""
+        if len(times) == 1:
+            return self.drift(x, times[0])[None], self.covariance(x, times[0])[None]
+        moments = torch.tensor(times, dtype=x.dtype, device=x.device)
+        drift = self._drift.over(x, moments)
+        if self._covariance is not None:
+            return drift, torch.stack([_semidefinite(a, x) for a in self._covariance.over(x, moments)])
+        g = self._diffusion.over(x, moments)
+        return drift, g @ g.mT if g.dim() == 4 else g.square()
 
     def covariance_divergence(self, x: Tensor, t: Tensor | float) -> Tensor:
         """div a (B, d), by forward-mode differentiation along each coordinate; 0 where a does not depend on x.
@@ -189,23 +174,12 @@ class FokkerPlanck:
         moving = size > 1e-6 * float(step.norm(dim=1).max()) * function(x, t).abs().max().clamp_min(1e-12)
         return not bool(moving.any()) or (followed and float((gap > 0.01 * size)[moving].double().mean()) <= 0.5)
 
-    def functions(self, x: Tensor, t: Tensor | float) -> list[tuple[Function, bool]]:
-        """Drift and diffusion (or covariance) as given, and whether each takes the time as one number."""
-        self.drift(x, t), self.covariance(x, t)  # which asks them
-        noise = ("diffusion", self._diffusion) if self._covariance is None else ("covariance", self._covariance)
-        return [(function, self._of_number[name]) for name, function in (("drift", self._drift), noise)]
-
     def at_any_time(self, ask: Callable[[Tensor], Found]) -> Found | None:
         """What `ask`, of a time, makes of drift and diffusion, if these do nothing with the time; otherwise None.
 
         They are called with a time that has no numbers; if they do without, it never matters.
         """
-        before = _Unread.looks
-        try:
-            found = ask(_Unread.like(torch.empty(0)))
-        except Exception:
-            return None
-        return found if _Unread.looks == before else None
+        return at_any_time(ask)
 
     def velocity(self, x: Tensor, t: Tensor | float, score: Tensor) -> Tensor:
         """That of the probability-flow ODE (B, d), which has the same densities: f - 1/2 div a - 1/2 a grad log p.
@@ -258,51 +232,3 @@ class FokkerPlanck:
         from diffusion.fokker_planck.simulation import follow  # it needs this class
 
         return follow(self, x, times, score, tolerance)
-
-    def _call(self, name: str, function: Function, x: Tensor, t: Tensor | float) -> Tensor:
-        if x.dim() != 2 or not x.is_floating_point():
-            raise UserError(f"points have shape {tuple(x.shape)} and type {x.dtype}, expected (B, d), floating-point")
-        if isinstance(t, _Unread):
-            return self._checked(name, function(x, _Unread.like(x)), x)
-        if name not in self._of_number:
-            self._of_number[name] = self._takes_number(name, function, x, t)
-        return self._checked(name, function(x, self._time(t, x, self._of_number[name])), x)
-
-    @staticmethod
-    def _time(t: Tensor | float, x: Tensor, of_number: bool) -> Tensor:
-        """(), or (B,) for points `x` (B, d)."""
-        if isinstance(t, float):
-            return x.new_full(() if of_number else x.shape[:1], t)
-        t = torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(())
-        return t if of_number else t.expand(len(x))
-
-    def _takes_number(self, name: str, function: Function, x: Tensor, t: Tensor | float) -> bool:
-        """Whether the function wants the time as one number: asked with a number of points that is no dimension."""
-        probe, reasons = torch.cat([x[:1].detach()] * (x.shape[1] + 2)), []
-        for of_number in (False, True):
-            try:
-                self._checked(name, function(probe, self._time(t, probe, of_number)), probe)
-                return of_number
-            except UserError as error:
-                reasons.append(error)
-            except Exception as error:  # whatever the user's function raises
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                reasons.append(
-                    UserError(f"{name}(x, t) fails for x {tuple(probe.shape)}, expected torch operations: {reason}")
-                )
-        raise reasons[0]
-
-    @staticmethod
-    def _checked(name: str, value: object, x: Tensor) -> Tensor:
-        number, dim = x.shape
-        allowed = [(number, dim)] if name == "drift" else [(number,), (number, dim), (number, dim, dim)]
-        if name != "drift" and (isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)):
-            value = torch.as_tensor(value, dtype=x.dtype, device=x.device).expand(number)
-        if not isinstance(value, Tensor) or tuple(value.shape) not in allowed:
-            expected = " or ".join(map(str, allowed))
-            raise UserError(f"{name}(x, t) gives {_shown(value)} for x {tuple(x.shape)}, expected {expected}")
-        value = value.to(x)
-        if not math.isfinite(value.detach().sum().item()) and not bool(torch.isfinite(value).all()):
-            bad = int((~torch.isfinite(value)).reshape(number, -1).any(1).nonzero()[0])
-            raise UserError(f"{name}(x, t) is not finite at x={x[bad].tolist()}")
-        return value

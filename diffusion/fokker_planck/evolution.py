@@ -9,7 +9,7 @@ the mass and no density becomes negative, whatever its length.
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,10 +21,11 @@ from scipy.stats import poisson
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.fokker_planck.stepping import Mean, Operator, step
+from diffusion.fokker_planck.stepping import Means, Operator, step
 
 NEGLIGIBLE = 1e-17
 MOST_STEPS = 100_000
+AT_ONCE = 4_000_000  # numbers
 JUMPS = 0.1  # of the tolerance, kept for steps that do not resolve how A changes,
 ONE_JUMP = 0.02  # of what is left of it for one of them
 
@@ -33,9 +34,9 @@ __all__ = [
     "Operator",
     "chebyshev",
     "evolve",
+    "in_parts",
     "krylov",
     "largest",
-    "mean_over",
     "moments",
     "rising",
     "talbot",
@@ -75,7 +76,7 @@ def rising(times: Sequence[float] | Tensor) -> list[float]:
 
 
 def evolve(
-    mean: Mean,
+    means: Means,
     state: Tensor,
     times: Sequence[float],
     norm: Callable[[Tensor], float],
@@ -87,7 +88,7 @@ def evolve(
     """States (K, B, n) at the rising `times`, from `state` (B, n) at the first of them.
 
     Args:
-        mean: (t, t') -> the mean of A over that time, see `mean_over`.
+        means: the means of A over each of the given times (t, t'), see `in_parts`.
         norm: of a difference of states.
         tolerance: of the error at the last time; the errors of the steps add up to no more.
         steps: of equal length between each two times, instead of steps chosen by the tolerance.
@@ -112,7 +113,7 @@ def evolve(
             h = (stop - start) / steps if steps else min(left, proposed)
             if left - h < 1e-9 * (stop - start):
                 h = left
-            following, step_error, smooth = step(mean, state, t, h, norm, extrapolate)
+            following, step_error, smooth = step(means, state, t, h, norm, extrapolate)
             number += 1
             if steps is None:
                 allowed = (1 - JUMPS) * tolerance * h / total
@@ -154,10 +155,11 @@ def moments(start: float, stop: float, points: int = 4) -> list[tuple[float, flo
     return [(middle + half * node, weight / 2) for node, weight in _gauss(points)]
 
 
-def mean_over(values: Callable[[float], Tensor], start: float, stop: float, points: int = 4) -> Tensor:
-    """The mean of a function of time, by Gauss and Legendre's rule; its value if they are one time."""
-    times, weights = zip(*moments(start, stop, points), strict=True)
-    return weighted(weights, map(values, times))
+def in_parts(intervals: Sequence[tuple[float, float]], numbers: int) -> Iterator[list[list[tuple[float, float]]]]:
+    """The `moments` of each interval, as many intervals at once as have AT_ONCE numbers, of so many at each moment."""
+    many = max(1, AT_ONCE // (4 * numbers))
+    for k in range(0, len(intervals), many):
+        yield [moments(*interval) for interval in intervals[k : k + many]]
 
 
 def weighted(weights: Iterable[float], values: Iterable[Tensor]) -> Tensor:

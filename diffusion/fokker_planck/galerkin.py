@@ -1,8 +1,9 @@
 """The density expanded in test functions: spectral accuracy where it is smooth."""
 
+import itertools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,13 +12,14 @@ from diffusion.errors import UserError
 from diffusion.fokker_planck.bases import Basis, Fourier
 from diffusion.fokker_planck.changes import turning_times
 from diffusion.fokker_planck.equation import FokkerPlanck
-from diffusion.fokker_planck.evolution import Operator, evolve, mean_over, rising
+from diffusion.fokker_planck.evolution import evolve, in_parts, rising, weighted
 from diffusion.fokker_planck.expansion import Expansion, GalerkinSolution
 from diffusion.fokker_planck.gibbs import GibbsRoot
 from diffusion.fokker_planck.laws import Law
 from diffusion.fokker_planck.observables import warn_of_leaps
 from diffusion.fokker_planck.products import Product
-from diffusion.fokker_planck.weak_form import Tilt, WeakOperator, coefficients, gibbs_push, plain_tilt
+from diffusion.fokker_planck.stepping import Means
+from diffusion.fokker_planck.weak_form import Tilt, WeakOperator, coefficients, plain_tilt
 
 REMEMBERED = 3  # operators
 IRREGULAR = 0.618034
@@ -45,12 +47,8 @@ class WeakSolver(ABC):
         """The functions that the density is expanded in, and chi at the nodes."""
 
     @abstractmethod
-    def _mean(self, tilt: Tilt) -> Callable[[float, float], Operator]:
-        """(t, t') -> the mean operator over that time; the same one where it is the same."""
-
-    @abstractmethod
-    def _turning_times(self, times: list[float]) -> Sequence[float]:
-        """See `changes`."""
+    def _means(self, tilt: Tilt, times: list[float]) -> tuple[Means, Sequence[float]]:
+        """The mean operators over times, the same one where they are the same, and where steps are to end."""
 
     @abstractmethod
     def _cut_axes(self, times: list[float]) -> list[int]:
@@ -92,8 +90,8 @@ class WeakSolver(ABC):
         def norm(difference: Tensor) -> float:
             return float((size * self.product.numbers(difference).reshape(-1)).abs().sum())
 
-        stops = self._turning_times(times)
-        evolution = evolve(self._mean(tilt), state[None], times, norm, tolerance, steps, extrapolate=True, stops=stops)
+        means, stops = self._means(tilt, times)
+        evolution = evolve(means, state[None], times, norm, tolerance, steps, extrapolate=True, stops=stops)
         solution = GalerkinSolution.of(expansion, tilt, times, evolution, float(steady), errors)
         solution.warn_where_coarse(self._cut_axes(times))
         solution.warn_if_at_walls()
@@ -212,7 +210,7 @@ class GalerkinSolver(WeakSolver):
     def matrix(self, time: float = 0.0) -> Tensor:
         """A of du/dt = A u at a time, (size, size), for states as `Product` holds them."""
         _, tilt = self._expansion([time])
-        return WeakOperator(self.product, tilt, coefficients(self.equation, self.product, tilt, time)).matrix()
+        return WeakOperator(self.product, tilt, coefficients(self.equation, self.product, tilt, [time])[0]).matrix()
 
     def _expansion(self, times: list[float]) -> tuple[Expansion, Tilt]:
         points = self.product.points
@@ -221,11 +219,6 @@ class GalerkinSolver(WeakSolver):
             root = GibbsRoot(self.equation, self.product, times[0])
             return Expansion(self.product, root), Tilt.of(self.product, root(points), root.slopes, symmetrised=True)
         return Expansion(self.product, self.product.log_tilt), plain_tilt(self.product)
-
-    def _turning_times(self, times: list[float]) -> Sequence[float]:
-        points = self.product.points
-        still = len(times) < 2 or self.equation.at_any_time(lambda t: gibbs_push(self.equation, points[:1], t))
-        return () if still else turning_times(self.equation, points, times[0], times[-1])
 
     def _cut_axes(self, times: list[float]) -> list[int]:
         between = [times[0] + (times[-1] - times[0]) * (k * IRREGULAR % 1) for k in range(1, 8)]
@@ -254,20 +247,27 @@ class GalerkinSolver(WeakSolver):
                 return True
         return False
 
-    def _mean(self, tilt: Tilt) -> Callable[[float, float], WeakOperator]:
+    def _means(self, tilt: Tilt, times: list[float]) -> tuple[Means, Sequence[float]]:
+        always = self.equation.at_any_time(lambda time: coefficients(self.equation, self.product, tilt, [time])[0])
+        if always is not None or len(times) < 2:
+            one = None if always is None else WeakOperator(self.product, tilt, always)
+            return lambda intervals: [one] * len(intervals), ()
         known: list[WeakOperator] = []
 
-        def values(t: float) -> Tensor:
-            return coefficients(self.equation, self.product, tilt, t)
-
-        def mean(start: float, stop: float) -> WeakOperator:
-            new = mean_over(values, start, stop)
+        def operator(new: Tensor) -> WeakOperator:
             scale = float(new.abs().max())
-            for operator in known:
-                if operator.values.shape == new.shape and float((operator.values - new).abs().max()) <= 1e-15 * scale:
-                    return operator
+            for before in known:
+                if before.values.shape == new.shape and float((before.values - new).abs().max()) <= 1e-15 * scale:
+                    return before
             known.append(WeakOperator(self.product, tilt, new))
             del known[:-REMEMBERED]
             return known[-1]
 
-        return mean
+        def means(intervals: Sequence[tuple[float, float]]) -> Iterator[WeakOperator]:
+            for rules in in_parts(intervals, self.product.points.numel()):
+                times = [time for rule in rules for time, _ in rule]
+                values = iter(coefficients(self.equation, self.product, tilt, times))
+                for rule in rules:
+                    yield operator(weighted([weight for _, weight in rule], itertools.islice(values, len(rule))))
+
+        return means, turning_times(self.equation, self.product.points, times[0], times[-1])

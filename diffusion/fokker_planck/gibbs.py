@@ -46,7 +46,7 @@ class GibbsRoot:
     @staticmethod
     def slope_at(equation: FokkerPlanck, x: Tensor, time: float) -> Tensor:
         """a^-1 (f - 1/2 div a), (M, d)."""
-        push, half = gibbs_push(equation, x, time)
+        push, half = (values[0] for values in gibbs_push(equation, x, [time]))
         if half.dim() == 3:
             slope, info = torch.linalg.solve_ex(2 * half, push)
             singular = bool(info.any())

@@ -168,7 +168,7 @@ class GridSolver:
         rates = RatesInTime(self.equation, box, times[0], ledger)
         if len(times) > 1:
             states, taken, error = evolve(
-                rates.mean,
+                rates.means,
                 state,
                 times,
                 norm=lambda difference: float((difference.abs().sum(1) / mass).max()),

@@ -3,6 +3,8 @@
 They are those at the start times a factor where drift and covariance are, which is asked at the centres of the cells.
 """
 
+import itertools
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.equation import FokkerPlanck
-from diffusion.fokker_planck.evolution import moments, weighted
+from diffusion.fokker_planck.evolution import in_parts, weighted
 from diffusion.fokker_planck.jump_process import JumpProcess, Ledger
 from diffusion.fokker_planck.jumps import Jumps, jumps_at, mean_jumps
 from diffusion.fokker_planck.stepping import Operator
@@ -31,26 +33,32 @@ class RatesInTime:
 
     def __init__(self, equation: FokkerPlanck, box: Box, start: float, ledger: Ledger | None = None):
         self.equation, self.box, self.start, self.ledger = equation, box, start, ledger
-        always = equation.at_any_time(lambda time: jumps_at(equation, box, time, stacklevel=5))
+        always = equation.at_any_time(lambda time: jumps_at(equation, box, time, stacklevel=6))
         self.changing = always is None
         self.first = always or jumps_at(equation, box, start, stacklevel=3)
-        self.at_start = MeanProcess(self, start, start)
+        self.at_start = MeanProcess(self, [(start, 1.0)])
 
     def at(self, time: float) -> Jumps:
-        return self.mean(time, time).jumps
+        (process,) = self.means([(time, time)])
+        return process.jumps
 
-    def mean(self, start: float, stop: float) -> "MeanProcess":
-        """The generator of the mean chain from `start` to `stop`."""
-        known = not self.changing or start == stop == self.start
-        return self.at_start if known else MeanProcess(self, start, stop)
+    def means(self, intervals: Sequence[tuple[float, float]]) -> Iterator["MeanProcess"]:
+        """The generators of the mean chains over each of the times (t, t')."""
+        if not self.changing:
+            yield from [self.at_start] * len(intervals)
+            return
+        for rules in in_parts(intervals, self.box.centres.numel()):
+            values = iter(self.coefficients([time for rule in rules for time, _ in rule]))
+            for rule in rules:
+                process = MeanProcess(self, rule, list(itertools.islice(values, len(rule))))
+                yield self.at_start if rule == [(self.start, 1.0)] else process
 
-    def coefficients(self, time: float) -> Tensor:
-        """Drift and covariance at the centres, in cells and squares of cells per unit of time, (n, d + d^2)."""
+    def coefficients(self, times: Sequence[float]) -> Tensor:
+        """Drift and covariance at the centres, in cells and squares of cells per unit of time, (K, n, d + d^2)."""
         spacing = self.box.spacing
-        drift = self.equation.drift(self.box.centres, time) / spacing
-        a = self.equation.covariance(self.box.centres, time)
-        a = a / (spacing[:, None] * spacing) if a.dim() == 3 else a.reshape(len(a), -1, 1) * self._per_square
-        return torch.cat([drift, a.reshape(len(a), -1)], 1).detach()
+        drift, a = self.equation.over(self.box.centres, times)
+        a = a / (spacing[:, None] * spacing) if a.dim() == 4 else a.reshape(*a.shape[:2], -1, 1) * self._per_square
+        return torch.cat([drift / spacing, a.reshape(*a.shape[:2], -1)], 2).detach()
 
     @cached_property
     def _per_square(self) -> Tensor:
@@ -63,16 +71,19 @@ class MeanProcess(Operator):
 
     Attributes:
         values: the mean of the coefficients.
+
+    Args:
+        rule: the moments that the mean is made of, and their weights.
+        parts: the coefficients at these, (n, d + d^2); asked for when needed unless given.
     """
 
-    def __init__(self, rates: RatesInTime, start: float, stop: float):
-        self.rates = rates
-        self.times, self.weights = zip(*moments(start, stop), strict=True)
+    def __init__(self, rates: RatesInTime, rule: list[tuple[float, float]], parts: list[Tensor] | None = None):
+        self.rates, self._parts = rates, parts
+        self.times, self.weights = zip(*rule, strict=True)
 
     @cached_property
-    def parts(self) -> list[Tensor]:
-        """The coefficients at the moments that the mean is made of."""
-        return [self.rates.coefficients(time) for time in self.times]
+    def parts(self) -> Sequence[Tensor]:
+        return self.rates.coefficients(self.times) if self._parts is None else self._parts
 
     @cached_property
     def values(self) -> Tensor:

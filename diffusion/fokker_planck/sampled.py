@@ -6,7 +6,7 @@ Least squares over the points gives L psi_j as a sum of psi_k, which closes the 
 polynomials. Otherwise its error is `residual` over the root of the number of points.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from diffusion.fokker_planck.evolution import Operator
 from diffusion.fokker_planck.expansion import Expansion
 from diffusion.fokker_planck.galerkin import WeakSolver
 from diffusion.fokker_planck.products import Product
+from diffusion.fokker_planck.stepping import Means
 from diffusion.fokker_planck.weak_form import Tilt, plain_tilt
 
 
@@ -115,12 +116,9 @@ class SampledGalerkinSolver(WeakSolver):
     def _expansion(self, times: list[float]) -> tuple[Expansion, Tilt]:
         return Expansion(self.product, self.product.log_tilt), plain_tilt(self.product)
 
-    def _mean(self, tilt: Tilt) -> Callable[[float, float], Operator]:
+    def _means(self, tilt: Tilt, times: list[float]) -> tuple[Means, Sequence[float]]:
         operator = _Matrix(self.matrix)
-        return lambda start, stop: operator
-
-    def _turning_times(self, times: list[float]) -> tuple[float, ...]:
-        return ()
+        return lambda intervals: [operator] * len(intervals), ()
 
     def _cut_axes(self, times: list[float]) -> list[int]:
         return []

@@ -8,7 +8,7 @@ is taken to be what the operators at the ends or of the uneven part would change
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ class Operator(ABC):
         return float(self.values.square().sum()), float(self.values.abs().max())
 
 
-Mean = Callable[[float, float], Operator]
+Means = Callable[[Sequence[tuple[float, float]]], Iterable[Operator]]
 
 
 class Step(NamedTuple):
@@ -68,17 +68,22 @@ class Step(NamedTuple):
 
 
 def step(
-    mean: Mean, state: Tensor, t: float, h: float, norm: Callable[[Tensor], float], extrapolate: bool = False
+    means: Means, state: Tensor, t: float, h: float, norm: Callable[[Tensor], float], extrapolate: bool = False
 ) -> Step:
-    """Of order 2, two halves compared with the whole; extrapolated of order 4, from halves and quarters."""
-    whole, parts = mean(t, t + h), [[mean(t, t + h / 2), mean(t + h / 2, t + h)]]
+    """Of order 2, two halves compared with the whole; extrapolated of order 4, from halves and quarters.
+
+    Args:
+        means: the means of A over each of the given times.
+    """
     ends = t + END * h, t + h - END * h
-    odd = [mean(t, t + UNEVEN * h), *(mean(end, end) for end in ends)]
-    factor = _factor(mean, whole, parts[0] + odd, t, h)
+    shares = [(0, 1), (0, 1 / 2), (1 / 2, 1), (0, UNEVEN)]
+    whole, *others = means([(t + low * h, t + high * h) for low, high in shares] + [(end, end) for end in ends])
+    factor = _factor(means, whole, others, t, h)
     if factor is not None:
         return Step(whole.advance(state, factor * h), 0.0, True)
+    parts, odd = [others[:2]], others[2:]
     if extrapolate:
-        parts.append([mean(t + k * h / 4, t + (k + 1) * h / 4) for k in range(4)])
+        parts.append(list(means([(t + k * h / 4, t + (k + 1) * h / 4) for k in range(4)])))
     coarse = whole.advance(state, h)
     results = [coarse]
     for operators in parts:
@@ -95,7 +100,7 @@ def step(
     return Step(results[-1], error, smooth)
 
 
-def _factor(mean: Mean, whole: Operator, some: list[Operator], t: float, h: float) -> float | None:
+def _factor(means: Means, whole: Operator, some: list[Operator], t: float, h: float) -> float | None:
     """c with exp(c h whole) the exact step, where A is one operator times a factor of time; otherwise None."""
     if any(operator is not whole and whole.factor(operator.values) is None for operator in some):
         return None
@@ -103,8 +108,8 @@ def _factor(mean: Mean, whole: Operator, some: list[Operator], t: float, h: floa
     for number in PARTS:
         cuts = [(k / number) ** 1.2 for k in range(number + 1)]
         factor = 0.0
-        for low, high in itertools.pairwise(cuts):
-            operator = mean(t + low * h, t + high * h)
+        operators = means([(t + low * h, t + high * h) for low, high in itertools.pairwise(cuts)])
+        for (low, high), operator in zip(itertools.pairwise(cuts), operators, strict=True):
             share = 1.0 if operator is whole else whole.factor(operator.values)
             if share is None:
                 return None

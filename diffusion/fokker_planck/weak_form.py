@@ -8,13 +8,14 @@ diagonal at the nodes but for a derivative along each axis. The function 1 is am
 Where chi is the root of a Gibbs density, F = 2 D l, this is -sum_ij G_i^T D_ij G_j: symmetric, and never growing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.fokker_planck.equation import FokkerPlanck, act
+from diffusion.fokker_planck.equation import FokkerPlanck
 from diffusion.fokker_planck.evolution import Operator, chebyshev, krylov, largest
 from diffusion.fokker_planck.products import Product, along
 
@@ -49,33 +50,36 @@ def plain_tilt(product: Product) -> Tilt:
     return Tilt.of(product, product.log_tilt(product.points), product.tilt_slope(product.points))
 
 
-def gibbs_push(equation: FokkerPlanck, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-    """F (n, d) and D as the equation gives it, (n,), (n, d) or (n, d, d)."""
-    half = equation.covariance(x, t) / 2
-    push = equation.drift(x, t)
-    if not bool((half == half[:1]).all()):
-        push = push - equation.covariance_divergence(x, t) / 2
-    return push, half
+def gibbs_push(equation: FokkerPlanck, x: Tensor, times: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """F (K, n, d) at K times, and D as the equation gives it, (K, n), (K, n, d) or (K, n, d, d)."""
+    push, a = equation.over(x, times)
+    if not bool((a == a[:, :1]).all()):
+        push = push - torch.stack([equation.covariance_divergence(x, t) for t in times]) / 2
+    return push, a / 2
 
 
-def coefficients(equation: FokkerPlanck, product: Product, tilt: Tilt, t: float) -> Tensor:
-    """F - D l and D at the nodes, (n, d + 1), (n, 2 d) or (n, d + d^2).
+def coefficients(equation: FokkerPlanck, product: Product, tilt: Tilt, times: Sequence[float]) -> Tensor:
+    """F - D l and D at the nodes at K times, (K, n, d + 1), (K, n, 2 d) or (K, n, d + d^2).
 
     Raises:
         UserError: chi is not the root of the Gibbs density at this time, as the symmetrised form takes it to be.
     """
-    push, half = gibbs_push(equation, product.points, t)
-    turned = act(half, tilt.slope)
+    push, half = gibbs_push(equation, product.points, times)
+    full = half.dim() == 4
+    turned = (half @ tilt.slope[:, :, None])[..., 0] if full else half.reshape(*half.shape[:2], -1) * tilt.slope
     if tilt.symmetrised:
-        gap, size = float((push - 2 * turned).abs().max()), float(push.abs().max())
-        if not gap <= SAME * max(size, 2 * float(turned.abs().max())):
+        gap, size, kept = (values.abs().amax((1, 2)) for values in (push - 2 * turned, push, 2 * turned))
+        moved = ~(gap <= SAME * torch.maximum(size, kept))
+        if bool(moved.any()):
+            k = int(moved.int().argmax())
             raise UserError(
-                f"the Gibbs density changes in time: at t={t:.4g} the drift differs by {gap:.3g} from what would keep "
-                f"that of the first time, where it is {size:.3g} at most; take symmetrised=False"
+                f"the Gibbs density changes in time: at t={times[k]:.4g} the drift differs by {float(gap[k]):.3g} from "
+                f"what would keep that of the first time, where it is {float(size[k]):.3g} at most; take "
+                "symmetrised=False"
             )
     else:
         turned = push - turned
-    return torch.cat([turned, half.reshape(len(half), -1)], 1)
+    return torch.cat([turned, half.reshape(*half.shape[:2], -1)], 2)
 
 
 class WeakOperator(Operator):

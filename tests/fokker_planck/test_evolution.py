@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from time_means import mean_over, means_of
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.fokker_planck.evolution import Operator, evolve, mean_over, rising
-from diffusion.fokker_planck.stepping import step
+from diffusion.fokker_planck.evolution import evolve, rising
+from diffusion.fokker_planck.stepping import Operator, step
 
 
 class Matrix(Operator):
@@ -56,7 +57,7 @@ def driven(drive, pace=lambda t: 1.0):
     def values(t: float) -> Tensor:
         return torch.tensor([[-pace(t), drive(t)], [0.0, 0.0]], dtype=torch.float64)
 
-    return lambda start, stop: Matrix(mean_over(values, start, stop))
+    return means_of(lambda start, stop: Matrix(mean_over(values, start, stop)))
 
 
 def integral(f) -> float:
@@ -126,7 +127,7 @@ def test_order(extrapolate, order):
 
     start = torch.tensor([[0.5, -0.3, 1.0]], dtype=torch.float64)
     runs = [
-        evolve(lambda t, u: Matrix(mean_over(values, t, u)), start, [0.0, 1.5], size, 1.0, steps, extrapolate)
+        evolve(means_of(lambda t, u: Matrix(mean_over(values, t, u))), start, [0.0, 1.5], size, 1.0, steps, extrapolate)
         for steps in (8, 16, 256)
     ]
     coarse, fine = (size(run.states[-1] - runs[-1].states[-1]) for run in runs[:2])
@@ -153,12 +154,12 @@ def test_a_jump_at_a_time_of_output_costs_nothing():
 def test_operators_of_another_sign_or_shape_are_not_multiples():
     fall = Matrix(torch.tensor([[-1.0, 0.0], [0.0, 0.0]], dtype=torch.float64))
     rise = Matrix(-fall.values)
-    mean = lambda t, u: fall if u <= 0.5 or t == 0 else rise  # noqa: E731
-    assert step(mean, START, 0.0, 1.0, size).error > 0.1
+    means = means_of(lambda t, u: fall if u <= 0.5 or t == 0 else rise)
+    assert step(means, START, 0.0, 1.0, size).error > 0.1
     wide = Matrix(torch.zeros(3, 3, dtype=torch.float64))
     wide.advance = lambda state, duration: state
-    mean = lambda t, u: fall if u <= 0.5 or t == 0 else wide  # noqa: E731
-    assert step(mean, START, 0.0, 1.0, size).error > 0.1
+    means = means_of(lambda t, u: fall if u <= 0.5 or t == 0 else wide)
+    assert step(means, START, 0.0, 1.0, size).error > 0.1
 
 
 def test_factors_of_an_operator():

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from time_means import mean_over
 
 from diffusion.errors import UserError
 from diffusion.fokker_planck.bases import Fourier, Hermite
 from diffusion.fokker_planck.equation import FokkerPlanck
-from diffusion.fokker_planck.evolution import mean_over
 from diffusion.fokker_planck.galerkin import GalerkinSolver
 from diffusion.fokker_planck.laws import gaussian
 from diffusion.fokker_planck.problems import variance_exploding, variance_preserving

@@ -79,7 +79,7 @@ def test_how_often_an_equation_is_asked():
     GridSolver(FokkerPlanck(drift, noise), [(-6.0, 6.0)], 64).solve(gaussian(0.5, 0.5), [0.0, 0.3, 1.0])
     assert (drift.calls, noise.calls) == (1, 2)
     problem = problems.variance_preserving(horizon=0.3)
-    drift, noise = Counted(problem.equation._drift), Counted(problem.equation._diffusion)
+    drift, noise = Counted(problem.equation._drift.function), Counted(problem.equation._diffusion.function)
     found = GridSolver(FokkerPlanck(drift, noise), problem.domain, 64).solve(problem.start, [0.0, 0.3])
     assert found.steps == 1 and drift.calls <= 45 and noise.calls <= 47
 
@@ -124,7 +124,7 @@ def test_rates_at_a_time_and_their_means(name, boundary, monkeypatch):
         torch.testing.assert_close(found.lost, exact.lost, rtol=1e-12, atol=0)
         torch.testing.assert_close(found.way, exact.way, rtol=1e-12, atol=0)
     assert bool(asked) != once
-    process = rates.mean(0.2, 0.6).process
+    process = next(iter(rates.means([(0.2, 0.6)]))).process
     parts = [(weight / 2, jumps_at(equation, box, 0.4 + 0.2 * node)) for node, weight in zip(*gauss(4), strict=True)]
     mean = sum(weight * part.rates[(1,)] for weight, part in parts)
     torch.testing.assert_close(process.jumps.rates[(1,)], mean, rtol=1e-12, atol=0)
@@ -139,7 +139,7 @@ def test_coefficients_of_all_kinds_of_noise_agree():
         lambda x, t: (1 + t)[:, None, None] * torch.eye(2).to(x),
     ):
         equation = FokkerPlanck(lambda x, t: -x, noise)
-        found.append(RatesInTime(equation, box, 0.0).coefficients(0.5))
+        found.append(RatesInTime(equation, box, 0.0).coefficients([0.5])[0])
     drift, square = found[0][:, :2], found[0][:, 2:].reshape(20, 2, 2)
     torch.testing.assert_close(drift, -box.centres / torch.tensor([0.5, 0.8]).double())
     torch.testing.assert_close(square[7], torch.tensor([1.5 / 0.5, 1.5 / 0.8]).double().square().diag())
