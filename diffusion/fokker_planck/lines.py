@@ -45,8 +45,9 @@ class Line:
             self.rates[1] -= lost
         size = np.maximum(np.abs(drive), 1e-300)
         back = size / np.expm1(size)
-        share = np.clip(2 - (2 * back + size) / STEEP, 0.0, 1.0) / 12 * (up + down > 0)
-        self.compact = _generator(share * (back + np.maximum(drive, 0)), share * (back + np.maximum(-drive, 0)))
+        both = 2 * back + size
+        share = np.maximum(np.minimum(2 - both / STEEP, 1), 0) / 24 * (up + down > 0)
+        self.compact = _generator(share * (both + drive), share * (both - drive))
         self.compact[1] += 1
 
     def smooth(self, states: np.ndarray) -> np.ndarray:
@@ -131,7 +132,10 @@ class Line:
 
 def _generator(up: np.ndarray, down: np.ndarray) -> np.ndarray:
     """The bands (3, n) of a chain without losses: the entries (k + 1, k), (k, k) and (k, k + 1), modulo n."""
-    return np.stack([up, -up - np.roll(down, 1), down])
+    bands = np.array([up, -up, down])
+    bands[1, 1:] -= down[:-1]
+    bands[1, 0] -= down[-1]
+    return bands
 
 
 @lru_cache
@@ -151,7 +155,12 @@ def _resolvents(z: np.ndarray, rates: np.ndarray, compact: np.ndarray | None, st
     else:
         bands -= compact[:, None] * z[:, None]
         low, middle, high = compact[:, :, None]
-        start = middle * start + np.roll(low * start, 1, 0) + high * np.roll(start, -1, 0)
+        product = middle * start
+        product[1:] += low[:-1] * start[:-1]
+        product[:-1] += high[:-1] * start[1:]
+        product[0] += low[-1] * start[-1]
+        product[-1] += high[-1] * start[0]
+        start = product
     known = np.empty((len(z), *start.shape), complex)
     known[:] = start
     return _solved(bands, known)
