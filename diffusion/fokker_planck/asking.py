@@ -127,6 +127,8 @@ class Asked:
         if not isinstance(value, Tensor) or tuple(value.shape) not in allowed:
             expected = " or ".join(map(str, allowed))
             raise UserError(f"{self.name}(x, t) gives {shown(value)} for x {tuple(x.shape)}, expected {expected}")
+        if value.is_complex():
+            raise UserError(f"{self.name}(x, t) gives {value.dtype}, expected real numbers")
         value = value.to(x)
         if not math.isfinite(value.detach().sum().item()) and not bool(torch.isfinite(value).all()):
             bad = int((~torch.isfinite(value)).reshape(number, -1).any(1).nonzero()[0])

@@ -56,6 +56,18 @@ class Problem:
         return len(self.domain)
 
 
+def _check(dim: int = 1, positive: dict[str, float] | None = None, **numbers: float) -> None:
+    """Raise a UserError that names the first that is no dimension, no number, or not positive where that is asked."""
+    if type(dim) is not int or dim < 1:
+        raise UserError(f"dim is {dim!r}, expected a whole number, 1 or more")
+    positive = positive or {}
+    for name, value in {**positive, **numbers}.items():
+        kind = "a positive number" if name in positive else "a number"
+        number = isinstance(value, int | float | Tensor) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or (name in positive and value <= 0):
+            raise UserError(f"{name} is {value!r}, expected {kind}")
+
+
 def two_gaussians(dim: int = 1) -> GaussianMixture:
     """Two unequal Gaussians, the one narrower than the other, in `dim` dimensions."""
     means = torch.zeros(2, dim, dtype=torch.float64)
@@ -84,8 +96,7 @@ def ornstein_uhlenbeck(
     Args:
         start: a Gaussian of mean 1 and std 0.5 in each coordinate, unless given.
     """
-    if not rate > 0:
-        raise UserError(f"rate is {rate}, expected a positive number: the process is to come to rest")
+    _check(dim, positive={"rate": rate}, turn=turn, noise=noise)  # of a rate that is not positive nothing comes to rest
     matrix = rate * torch.eye(dim, dtype=torch.float64)
     for i in range(0, dim - 1, 2):
         matrix[i, i + 1], matrix[i + 1, i] = turn, -turn
@@ -111,6 +122,7 @@ def variance_preserving(
     start: GaussianMixture | None = None, dim: int = 1, low: float = 0.1, high: float = 20.0, horizon: float = 1.0
 ) -> Problem:
     """dx = -beta x / 2 dt + sqrt(beta) dw, beta rising linearly from `low` at 0 to `high` at 1 (Song et al. 2021)."""
+    _check(dim, positive={"high": high}, low=low)
     start = start or two_gaussians(dim)
     eye = torch.eye(start.dim, dtype=torch.float64)
 
@@ -130,6 +142,7 @@ def variance_exploding(
     start: GaussianMixture | None = None, dim: int = 1, low: float = 0.05, high: float = 2.0, horizon: float = 1.0
 ) -> Problem:
     """dx = sqrt(d sigma^2/dt) dw, sigma = low (high / low)^t (Song et al. 2021)."""
+    _check(dim, positive={"low": low, "high": high})
     start = start or two_gaussians(dim)
     eye = torch.eye(start.dim, dtype=torch.float64)
     growth = math.log(high / low)
@@ -157,8 +170,7 @@ def gradient_flow(
         potential: V, points (N, d) -> (N,).
         slope: its gradient, (N, d) -> (N, d).
     """
-    if not temperature > 0:
-        raise UserError(f"temperature is {temperature}, expected a positive number")
+    _check(positive={"temperature": temperature})
     equation = FokkerPlanck(lambda x, t: -slope(x), lambda x, t: torch.full_like(x[:, 0], math.sqrt(2 * temperature)))
     domain = tuple(map(tuple, domain))
     return Problem(equation, start, domain, horizon, log_stationary=lambda x: -potential(x) / temperature)
@@ -166,6 +178,7 @@ def gradient_flow(
 
 def double_well(dim: int = 1, barrier: float = 1.0, temperature: float = 0.5, horizon: float = 1.0) -> Problem:
     """V = barrier (x_1^2 - 1)^2 + (x_2^2 + ...) / 2; starts in the left well."""
+    _check(dim, barrier=barrier)
 
     def potential(x: Tensor) -> Tensor:
         return barrier * (x[:, 0].square() - 1).square() + x[:, 1:].square().sum(1) / 2
@@ -181,6 +194,7 @@ def double_well(dim: int = 1, barrier: float = 1.0, temperature: float = 0.5, ho
 
 def banana(bend: float = 1.0, temperature: float = 0.5, horizon: float = 1.0) -> Problem:
     """V = x_1^2 / 2 + 2 (x_2 - bend (x_1^2 - 1))^2, a bent valley in the plane; starts at its bottom."""
+    _check(bend=bend)
 
     def gap(x: Tensor) -> Tensor:
         return x[:, 1] - bend * (x[:, 0].square() - 1)
@@ -201,8 +215,9 @@ def banana(bend: float = 1.0, temperature: float = 0.5, horizon: float = 1.0) ->
 def ratchet(force: float = 1.0, height: float = 1.0, temperature: float = 0.5, horizon: float = 1.0) -> Problem:
     """Brownian motion in a tilted periodic potential V = height (sin x + sin(2x) / 4) - force x, on a circle of 2 pi.
 
-    Out of equilibrium: its stationary state has the constant current `ratchet_current`.
+    Out of equilibrium: its stationary state has a constant current, see `ratchet_stationary`.
     """
+    _check(positive={"temperature": temperature}, force=force, height=height)
 
     def drift(x: Tensor, t: Tensor) -> Tensor:
         return force - height * (x.cos() + (2 * x).cos() / 2)
@@ -256,6 +271,7 @@ def geometric_brownian(
     rate: float = 0.3, volatility: float = 0.4, start: LogNormal | None = None, horizon: float = 1.0
 ) -> Problem:
     """dx = rate x dt + volatility x dw: noise that depends on the state; x > 0 stays log-normal."""
+    _check(positive={"volatility": volatility}, rate=rate)
     start = start or LogNormal(0.0, 0.2)
 
     def law_at(t: float) -> LogNormal:

@@ -154,9 +154,10 @@ def test_covariances_that_are_none(points, covariance, words):
         (lambda x, t: -x, lambda x, t: torch.eye(3), r"\(5,\) or \(5, 3\) or \(5, 3, 3\)"),
         (lambda x, t: -x, lambda x, t: None, r"diffusion\(x, t\) gives NoneType None"),
         (lambda x, t: x / 0, lambda x, t: 1.0, r"drift\(x, t\) is not finite at x="),
+        (lambda x, t: 1j * x, lambda x, t: 1.0, r"drift\(x, t\) gives torch.complex\d+, expected real numbers"),
         (lambda x, t: -x, lambda x, t: math.nan, r"diffusion\(x, t\) is not finite at x="),
     ],
-    ids=["flat", "turned", "number", "fails", "narrow", "one_matrix", "none", "infinite", "nan"],
+    ids=["flat", "turned", "number", "fails", "narrow", "one_matrix", "none", "infinite", "complex", "nan"],
 )
 def test_functions_of_the_wrong_kind(points, drift, diffusion, words):
     equation = FokkerPlanck(drift, diffusion)

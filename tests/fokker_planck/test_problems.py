@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from diffusion.errors import UserError
 from diffusion.fokker_planck import GridSolver, problems
 from diffusion.fokker_planck.laws import GaussianMixture, gaussian
 
@@ -153,9 +152,27 @@ def test_gradient_flow_moves_down_the_potential():
         assert torch.allclose(problem.equation.drift(x.detach(), 0.0), 0.5 * a[:, None] * slope, rtol=1e-12)
 
 
-def test_temperature_is_positive():
-    with pytest.raises(UserError, match=r"temperature is 0, expected a positive number"):
-        problems.double_well(temperature=0)
+@pytest.mark.parametrize(
+    ("problem", "bad", "text"),
+    [
+        ("double_well", {"temperature": 0}, "temperature is 0, expected a positive number"),
+        ("double_well", {"dim": 0}, "dim is 0, expected a whole number, 1 or more"),
+        ("double_well", {"dim": 2.0}, "dim is 2.0, expected a whole number"),
+        ("double_well", {"barrier": "high"}, "barrier is 'high', expected a number"),
+        ("banana", {"bend": None}, "bend is None, expected a number"),
+        ("banana", {"temperature": math.nan}, "temperature is nan, expected a positive number"),
+        ("ratchet", {"temperature": -1.0}, "temperature is -1.0, expected a positive number"),
+        ("ratchet", {"force": True}, "force is True, expected a number"),
+        ("ornstein_uhlenbeck", {"rate": 0.0}, "rate is 0.0, expected a positive number"),
+        ("ornstein_uhlenbeck", {"noise": "a"}, "noise is 'a', expected a number"),
+        ("variance_exploding", {"low": 0.0}, "low is 0.0, expected a positive number"),
+        ("variance_preserving", {"high": 0.0}, "high is 0.0, expected a positive number"),
+        ("geometric_brownian", {"volatility": -0.4}, "volatility is -0.4, expected a positive number"),
+    ],
+)
+def test_bad_parameters(problem, bad, text, user_error):
+    with user_error(text):
+        getattr(problems, problem)(**bad)
 
 
 def test_moments_of_mixtures():

@@ -168,3 +168,28 @@ def test_a_mean_swings_as_its_worst_part():
     )
     assert float(smooth.swings.max()) < 1e-12 < 0.1 < float(swinging.swings.max())
     assert mean_jumps([0.5, 0.5], [smooth, swinging]).swings.equal(swinging.swings)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", LOOK)
+@pytest.mark.parametrize("times", [[0.1, 0.4, 0.7, 0.9], [0.3]], ids=len)
+def test_many_times_at_once_are_times_by_themselves(name, times):
+    x = torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None]
+    for equation in (
+        FokkerPlanck(LOOK[name], lambda x, t: LOOK[name](x, t).abs()),
+        FokkerPlanck.from_covariance(LOOK[name], lambda x, t: LOOK[name](x, t).abs()),
+        FokkerPlanck(lambda x, t: -x, lambda x, t: t),
+    ):
+        exact = [torch.stack([ask(x, t) for t in times]) for ask in (equation.drift, equation.covariance)]
+        for _ in range(2):  # it is found out first how the functions want to be asked
+            for found, wanted in zip(equation.over(x, times), exact, strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
+
+
+def test_times_are_asked_at_once_where_that_is_possible():
+    x, drift = torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None], Counted(lambda x, t: -t[:, None] * x)
+    equation = FokkerPlanck(drift, 1.0)
+    equation.over(x, [0.1, 0.2, 0.3, 0.4])
+    before = drift.calls
+    equation.over(x, torch.linspace(0, 1, 50).tolist())
+    assert drift.calls == before + 1
