@@ -62,20 +62,32 @@ class Line:
         Talbot's rule, for parts of the duration where it is not exact, as two numbers of poles show by their
         difference: where drift is much larger than noise, or goes around a circle. None where that does not do.
         """
-        result = states.copy()
-        many = max(1, BATCH // states.shape[1])
-        for compact, rows in ((self.compact, np.flatnonzero(smooth)), (None, np.flatnonzero(~smooth))):
-            for k in range(0, len(rows), many):
-                part, left, step = rows[k : k + many], 1.0, 1.0
-                while left > 0:
-                    found = self._rational(result[part], step * duration, compact)
-                    if found is not None:
-                        result[part], left = found, left - step
-                    elif step > SHORTEST:
-                        step /= 2
-                    else:
-                        return None
+        result = np.empty_like(states)
+        for compact, rows in ((self.compact, smooth), (None, ~smooth)):
+            found = self._advance(states[rows], duration, compact)
+            if found is None:
+                return None
+            result[rows] = found
         return result
+
+    def _advance(self, states: np.ndarray, duration: float, compact: np.ndarray | None) -> np.ndarray | None:
+        """States that are all smooth, or all not; many of them by the matrix that takes each cell along."""
+        number, size = states.shape
+        if number > size:
+            matrix = self._advance(np.eye(size), duration, compact)
+            return None if matrix is None else states @ matrix
+        states, many = states.copy(), max(1, BATCH // size)
+        for k in range(0, number, many):
+            left, step = 1.0, 1.0
+            while left > 0:
+                found = self._rational(states[k : k + many], step * duration, compact)
+                if found is not None:
+                    states[k : k + many], left = found, left - step
+                elif step > SHORTEST:
+                    step /= 2
+                else:
+                    return None
+        return states
 
     def _rational(self, states: np.ndarray, duration: float, compact: np.ndarray | None) -> np.ndarray | None:
         """What is absorbed, int lost . exp(s A) state ds, has w / z for w.

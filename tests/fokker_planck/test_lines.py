@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.linalg import expm
 
-from diffusion.fokker_planck import FokkerPlanck, GridSolver, problems
+from diffusion.fokker_planck import FokkerPlanck, GridSolver, lines, problems
 from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.jump_process import JumpProcess
 from diffusion.fokker_planck.jumps import jumps_at
@@ -106,3 +106,15 @@ def test_cells_that_are_too_wide_for_the_drift_leave_the_scheme_regular():
         box = Box(problem.domain, cells)
         compact = dense(JumpProcess(box, jumps_at(problem.equation, box, 0.0))._line.compact)
         assert (2 * np.abs(compact.diagonal()) - np.abs(compact).sum(0)).min() > 0.1  # diagonally dominant
+
+
+@pytest.mark.parametrize("name", ["ou", "absorbing", "ratchet_back"])
+def test_many_states_are_taken_along_by_one_matrix(name, monkeypatch):
+    process, duration = line_of(name)
+    size, resolvents, asked = process.number + process.absorbing, lines._resolvents, []
+    states = torch.rand(300, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
+    smooth = np.arange(300) % 4 > 0
+    alone = np.concatenate([process._line.advance(states[k : k + 1], duration, smooth[k : k + 1]) for k in range(300)])
+    monkeypatch.setattr(lines, "_resolvents", lambda *args: asked.append(args[-1].shape[1]) or resolvents(*args))
+    np.testing.assert_allclose(process._line.advance(states, duration, smooth), alone, rtol=0, atol=2e-12)
+    assert set(asked) == {size}
