@@ -1,6 +1,7 @@
 """How the drift and the noise, functions of users, are asked: with checks, at one time, at many, or at none."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -76,10 +77,20 @@ class Asked:
         found = None if self._together is False else self._at_once(x, times)
         if found is not None and self._together is None:
             some = [0, len(times) // 2, len(times) - 1]
-            apart = torch.stack([self(x, t) for t in times[some]])
+            apart = self._one_by_one(x, times[some])
             gap = (found[some] - apart).abs().max() if found[some].shape == apart.shape else math.inf
             self._together = bool(gap <= SAME * apart.abs().max())
-        return found if self._together and found is not None else torch.stack([self(x, t) for t in times])
+        return found if self._together and found is not None else self._one_by_one(x, times)
+
+    def _one_by_one(self, x: Tensor, times: Tensor) -> Tensor:
+        """(K, B, ...), of the fullest shape that occurs: numbers, diagonals and matrices of noise may take turns."""
+        values = [self(x, t) for t in times]
+        most = max(value.dim() for value in values)
+        if most > 1:
+            values = [value[:, None].expand_as(x) if value.dim() == 1 else value for value in values]
+        if most > 2:
+            values = [value.diag_embed() if value.dim() == 2 else value for value in values]
+        return torch.stack(values)
 
     def _at_once(self, x: Tensor, times: Tensor) -> Tensor | None:
         """By vmap; None where it fails, or gives numbers that are not finite."""
@@ -91,8 +102,11 @@ class Asked:
             return value
 
         try:
-            found = torch.func.vmap(at)(times).to(x)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of vmap, about its speed
+                found = torch.func.vmap(at)(times).to(x)
         except Exception:  # what vmap does not take: branches by the time, Python's numbers, ...
+            self._together = False
             return None
         return found if found.shape[1:2] == x.shape[:1] and math.isfinite(found.detach().sum().item()) else None
 

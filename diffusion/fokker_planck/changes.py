@@ -26,7 +26,7 @@ def turning_times(equation: FokkerPlanck, points: Tensor, start: float, stop: fl
     if not bool(changing.any()):
         return []
     moved = (course[:, changing].diff(dim=0).abs() / (high - low)[changing]).cumsum(0)
-    moved = moved[:, moved[-1].argmax()].cpu()
+    moved = moved[:, moved[-1].argmax()].cpu().contiguous()
     total = float(moved[-1])
     if not LEAST < total < float("inf"):
         return []

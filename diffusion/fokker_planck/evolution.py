@@ -26,6 +26,7 @@ from diffusion.fokker_planck.stepping import Means, Operator, step
 NEGLIGIBLE = 1e-17
 MOST_STEPS = 100_000
 AT_ONCE = 4_000_000  # numbers
+NEAR = 1e-6  # of all the time: no step is to end so near to a time
 JUMPS = 0.1  # of the tolerance, kept for steps that do not resolve how A changes,
 ONE_JUMP = 0.02  # of what is left of it for one of them
 
@@ -106,7 +107,8 @@ def evolve(
         raise UserError(f"tolerance is {tolerance} and steps is {steps}, expected positive numbers, or no steps")
     states, number, error, total = [state], 0, 0.0, times[-1] - times[0]
     proposed, kept, grow, exponent = total, JUMPS * tolerance, 5.0, 1 / 4 if extrapolate else 1 / 2
-    for start, stop in itertools.pairwise(times if steps else sorted({*times, *stops})):
+    apart = [stop for stop in stops if min(abs(stop - time) for time in times) > NEAR * total]
+    for start, stop in itertools.pairwise(times if steps else sorted({*times, *apart})):
         t = start
         while t < stop:
             left = stop - t

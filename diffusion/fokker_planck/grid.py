@@ -36,7 +36,7 @@ class GridSolution:
     """The density at K times; with a batch of B starts, B follows K in every shape but that of `mass_error`.
 
     Attributes:
-        density: (K, *cells), at the centres of the cells; times the volume of a cell it is the mass of the cell.
+        density: (K, *cells), at the centres of the cells; times their volume it sums to the mass.
         grid: the centres of the cells along each coordinate.
         times: (K,).
         absorbed: (K,), mass that has left through absorbing faces.
@@ -86,14 +86,15 @@ class GridSolution:
 class GridSolver:
     """Solves a Fokker-Planck equation on a box of equal cells.
 
-    Of fourth order in the width h of a cell in one dimension, if there is no mass at walls and the cells resolve the
-    start, see `lines`; otherwise of second order, as currents and entropy production always are. There what moves is
-    spread by more than its noise D, by the share (w / 2) coth(w / 2) - 1 with w = f h / D: 8 % at w = 1, 31 % at 2,
-    beyond which the grid is called too coarse; at rest nothing is. Of first order where a full matrix meets a
-    reflecting wall with mass at it, and along coordinates without noise. Mass is kept to rounding, no density is
-    negative, a Gibbs state is stationary, and so is a constant current in one dimension. In time it is exact where the
-    equation does not change, or by a factor only; otherwise steps of second order are chosen by a tolerance. Densities
-    below about 1e-14 of the highest are rounding noise.
+    Of fourth order in the width h of a cell in one dimension, see `lines`, if drift and noise are smooth, the cells
+    resolve the start, there is no mass at walls, and no more than H = int f / D = 64 goes around a circle; otherwise of
+    second order, as currents and entropy production always are. There what moves is spread by more than its noise D, by
+    the share (w / 2) coth(w / 2) - 1 with w = f h / D: 8 % at w = 1, 31 % at 2, beyond which the grid is called too
+    coarse; at rest nothing is. Of first order where a full matrix meets a reflecting wall with mass at it, and along
+    coordinates without noise. Mass is kept to rounding, no density is negative, a Gibbs state is stationary, and so is
+    a constant current in one dimension. In time it is exact where the equation does not change, or by a factor only;
+    otherwise steps of second order are chosen by a tolerance. Densities below about 1e-14 of the highest are rounding
+    noise.
 
     Args:
         equation: the equation; asked for points of the domain only.

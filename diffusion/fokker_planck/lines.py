@@ -9,9 +9,15 @@ whatever the noise. With S the chain of the same drift and of noise D = 1, whose
 is R = (1 + S / 12) A: M p' = R p with M = 1 + S / 12 is a compact scheme (Collatz 1960, "Mehrstellenverfahren"). The
 columns of S sum to 0 and nothing but p' meets it, so that the mass and all that is at rest are kept as they are by R.
 At walls that hold mass M is only of second order. exp(t M^-1 R) may be negative where a density is too rough for its
-cells, which M^-1 p shows: for such M is 1. All numbers are numpy's, on the CPU.
+cells, which M^-1 p shows: for such M is 1, and it is between cells where next to nothing jumps.
+
+Talbot's rule is for exponents near the negative axis: beyond 8 to either side it is wrong, and beyond 30 it gives 0
+whatever the number of poles. On a line they are real, or next to it. On a circle what goes around, H = int f / D, turns
+them: the k-th is (2 pi k i H - (2 pi k)^2) t / L^2, L = int dx / sqrt(D), for large k. So t is cut into parts of less
+than a turn, and all waves are looked at, in the densities of two single cells. All numbers are numpy's, on the CPU.
 """
 
+import math
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -24,7 +30,10 @@ POLES = 28, 24  # of the rational approximation, and of the one that it is compa
 BATCH = 2**18  # numbers in states for which all poles are taken at once
 EPSILON = float(np.finfo(float).eps)
 AGREEMENT = 1e-11  # of the two, relative to the mass; the finer is better by two digits, unless rounding is reached
-SHORTEST = 1 / 256  # part of a duration
+SHORTEST = 1 / 256  # part of a duration, or of one that is not beyond TURN
+TURN = 5.0  # to which the first exponent may be turned
+STRONG = 64.0  # H above which too many parts would be needed
+FEW = 16.0  # times as frequent as between two cells are jumps next to them, above which S fades there
 STEEP = 2 / np.tanh(1)  # b(-w) + b(w) at w = 2, beyond which S fades: M is to be far from singular
 ROUGH = 1e-3  # of the mass, that M^-1 p may have below 0
 
@@ -46,9 +55,14 @@ class Line:
         size = np.maximum(np.abs(drive), 1e-300)
         back = size / np.expm1(size)
         both = 2 * back + size
-        share = np.maximum(np.minimum(2 - both / STEEP, 1), 0) / 24 * (up + down > 0)
+        share = np.minimum(2 - both / STEEP, 1)
+        jumps = up + down
+        most = np.maximum(np.maximum(jumps, np.append(jumps[1:], jumps[0])), np.append(jumps[-1], jumps[:-1]))
+        share = np.minimum(share, FEW * jumps / np.maximum(most, 1e-300) - 1)
+        share = np.maximum(share, 0) / 24
         self.compact = _generator(share * (both + drive), share * (both - drive))
         self.compact[1] += 1
+        self._looked_at: dict[bool, float] = {}  # the longest part that is right for all waves, without M and with it
 
     def smooth(self, states: np.ndarray) -> np.ndarray:
         """Of which of the states (B, n) the cells resolve the density, (B,)."""
@@ -60,8 +74,11 @@ class Line:
         """The states (B, n), or (B, n + 1), after the duration, for the exponential of M^-1 R; of R where not smooth.
 
         Talbot's rule, for parts of the duration where it is not exact, as two numbers of poles show by their
-        difference: where drift is much larger than noise, or goes around a circle. None where that does not do.
+        difference: where drift is much larger than noise, or goes around a circle. None where that does not do, and
+        where too much goes around.
         """
+        if abs(self._around) > STRONG:
+            return None
         result = np.empty_like(states)
         for compact, rows in ((self.compact, smooth), (None, ~smooth)):
             found = self._advance(states[rows], duration, compact)
@@ -77,17 +94,33 @@ class Line:
             matrix = self._advance(np.eye(size), duration, compact)
             return None if matrix is None else states @ matrix
         states, many = states.copy(), max(1, BATCH // size)
+        first = 2.0 ** -max(0, math.ceil(math.log2(max(duration * self._turning, 1e-300) / TURN)))
         for k in range(0, number, many):
-            left, step = 1.0, 1.0
+            left, step = 1.0, first
             while left > 0:
                 found = self._rational(states[k : k + many], step * duration, compact)
                 if found is not None:
                     states[k : k + many], left = found, left - step
-                elif step > SHORTEST:
+                elif step > SHORTEST * first:
                     step /= 2
                 else:
                     return None
         return states
+
+    @cached_property
+    def _around(self) -> float:
+        """H, the sum of log(up / down) around a circle; 0 where it is not closed."""
+        if ((self.up == 0) & (self.down == 0)).any():
+            return 0.0
+        with np.errstate(divide="ignore"):
+            return float((np.log(self.up) - np.log(self.down)).sum(dtype=np.longdouble))
+
+    @cached_property
+    def _turning(self) -> float:
+        """2 pi H / L^2; D is the geometric mean of the two rates."""
+        if self._around == 0 or not math.isfinite(self._around):
+            return 0.0
+        return math.tau * abs(self._around) / float(((self.up * self.down) ** -0.25).sum()) ** 2
 
     def _rational(self, states: np.ndarray, duration: float, compact: np.ndarray | None) -> np.ndarray | None:
         """What is absorbed, int lost . exp(s A) state ds, has w / z for w.
@@ -97,6 +130,9 @@ class Line:
         """
         poles, weights = _rules(self.lost is not None)
         masses = states[:, : self.number].T
+        looked = self._turning > 0 and duration > self._looked_at.get(compact is None, 0.0)
+        if looked:
+            masses = np.concatenate([masses, np.eye(self.number)[:, [0, self.number // 2]]], 1)
         still = None if self._at_rest is None else self._at_rest[:, None] * masses.sum(0)
         start = masses if still is None else masses - still
         found = _resolvents(poles, duration * self.rates, compact, start)
@@ -110,7 +146,9 @@ class Line:
             fine, coarse = results / results.sum(1, keepdims=True)
             if not (np.abs(fine - coarse).sum(0) <= AGREEMENT + EPSILON * duration * -self.rates[1].min()).all():
                 return None
-        return results[0].T
+        if looked:
+            self._looked_at[compact is None] = duration
+        return results[0, :, : len(states)].T
 
     @cached_property
     def _at_rest(self) -> np.ndarray | None:
@@ -136,7 +174,7 @@ class Line:
                 logs, around = np.append(logs[:1], logs[:0:-1] - around), -around
             steps = -np.append(logs[1:], around) - down
             tails = np.logaddexp.accumulate(steps[::-1])[::-1]
-            logs = logs + np.logaddexp(tails - tails[0], -np.log(np.expm1(around)))
+            logs = logs + np.logaddexp(tails - tails[0], -around - np.log(-np.expm1(-around)))
             logs = np.append(logs[:1], logs[:0:-1]) if turned else logs
         law = np.exp((logs - logs.max()).astype(float))
         return law / law.sum()

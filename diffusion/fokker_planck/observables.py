@@ -19,7 +19,7 @@ NEGLIGIBLE = 1e-14  # of the largest flow
 NOISELESS = 50.0  # times as many cells as there are, above which it is no use to ask for them
 LEAP = 0.05  # of g g^T at both places together, by which the change of it may differ from that of its derivatives
 AT_WALLS = 1e-3  # of the mass
-CUT = 1e-6  # of the largest drift, by which it may differ between two ends that are one place
+CUT = 1e-3  # of the largest drift, by which it may differ between two ends that are one place
 SWING, SWING_SHARE = 0.05, 0.5  # see Jumps; of the mass: less may be on either side of a leap, which does no harm
 
 

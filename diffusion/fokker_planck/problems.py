@@ -122,7 +122,7 @@ def variance_preserving(
     start: GaussianMixture | None = None, dim: int = 1, low: float = 0.1, high: float = 20.0, horizon: float = 1.0
 ) -> Problem:
     """dx = -beta x / 2 dt + sqrt(beta) dw, beta rising linearly from `low` at 0 to `high` at 1 (Song et al. 2021)."""
-    _check(dim, positive={"high": high}, low=low)
+    _check(dim, low=low, high=high)
     start = start or two_gaussians(dim)
     eye = torch.eye(start.dim, dtype=torch.float64)
 

@@ -188,3 +188,10 @@ def test_times_of_every_kind():
 def test_tolerance_and_steps_are_positive(bad):
     with pytest.raises(UserError, match="positive"):
         evolve(driven(DRIVES["sin2"]), START, [0.0, 1.0], size, **bad)
+
+
+def test_stops_next_to_times_are_left_out():
+    """A step of a few roundings would be followed by others."""
+    times = [0.0, 0.3, 1.0]
+    run = evolve(driven(lambda t: 0.7), START, times, size, stops=[0.3 + 1e-16, 0.3 - 1e-9, 0.6, 1 - 1e-12])
+    assert run.steps == 3 and len(run.states) == 3

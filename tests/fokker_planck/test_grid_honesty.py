@@ -151,6 +151,9 @@ def test_ends_of_a_period_that_differ_are_named():
     with pytest.warns(UserWarning, match="drift differs by 3 between the ends of coordinate 0") as caught:
         cut.solve(start, [0.0, 1.0])
     assert caught[0].filename == __file__
+    leaping = FokkerPlanck(lambda x, t: x.sin() + 0.01 * x / math.tau, 1.0)
+    with pytest.warns(UserWarning, match="drift differs by 0.01 between"):
+        GridSolver(leaping, [(0, math.tau)], 60, "periodic").solve(torch.ones(60) / math.tau, [0.0, 1.0])
     noisy = FokkerPlanck(lambda x, t: 0 * x, lambda x, t: 2 + x[:, 1] / 3)
     grid = GridSolver(noisy, [(-1.5, 1.5)] * 2, 12, ("reflecting", "periodic"))
     with pytest.warns(UserWarning, match="g g\\^T differs by 4 between the ends of coordinate 1"):
@@ -158,5 +161,7 @@ def test_ends_of_a_period_that_differ_are_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         GridSolver(FokkerPlanck(lambda x, t: -x, 1.0), [(-6, 6)], 60, "periodic").solve(gaussian(0.0, 0.5), [0.0, 1.0])
+        rounded = FokkerPlanck(lambda x, t: (10 * x.float()).sin(), 1.0)
+        GridSolver(rounded, [(0, 6.2832)], 60, "periodic").solve(torch.ones(60) / 6.2832, [0.0, 1.0])
         ratchet = problems.ratchet()
         GridSolver(ratchet.equation, ratchet.domain, 60, "periodic").solve(ratchet.start, [0.0, 1.0])

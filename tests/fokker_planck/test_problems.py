@@ -166,7 +166,7 @@ def test_gradient_flow_moves_down_the_potential():
         ("ornstein_uhlenbeck", {"rate": 0.0}, "rate is 0.0, expected a positive number"),
         ("ornstein_uhlenbeck", {"noise": "a"}, "noise is 'a', expected a number"),
         ("variance_exploding", {"low": 0.0}, "low is 0.0, expected a positive number"),
-        ("variance_preserving", {"high": 0.0}, "high is 0.0, expected a positive number"),
+        ("variance_preserving", {"high": "1"}, "high is '1', expected a number"),
         ("geometric_brownian", {"volatility": -0.4}, "volatility is -0.4, expected a positive number"),
     ],
 )

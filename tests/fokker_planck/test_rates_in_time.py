@@ -193,3 +193,19 @@ def test_times_are_asked_at_once_where_that_is_possible():
     before = drift.calls
     equation.over(x, torch.linspace(0, 1, 50).tolist())
     assert drift.calls == before + 1
+
+
+def test_noise_may_change_its_shape_in_time():
+    def noise(x, t):
+        return (
+            1.0
+            if float(t[0]) < 0.3
+            else (x[:, :1] * 0 + 2).expand_as(x)
+            if t[0] < 0.7
+            else torch.eye(2).expand(len(x), 2, 2)
+        )
+
+    x, times = torch.ones(3, 2, dtype=torch.float64), [0.1, 0.5, 0.9]
+    found = FokkerPlanck(lambda x, t: -x, noise).over(x, times)[1]
+    exact = torch.tensor([1.0, 4.0, 1.0], dtype=torch.float64)[:, None, None, None] * torch.eye(2, dtype=torch.float64)
+    torch.testing.assert_close(found, exact.expand(3, 3, 2, 2))
