@@ -117,7 +117,7 @@ def test_many_states_are_taken_along_by_one_matrix(name, monkeypatch):
     alone = np.concatenate([process._line.advance(states[k : k + 1], duration, smooth[k : k + 1]) for k in range(300)])
     monkeypatch.setattr(lines, "_resolvents", lambda *args: asked.append(args[-1].shape[1]) or resolvents(*args))
     np.testing.assert_allclose(process._line.advance(states, duration, smooth), alone, rtol=0, atol=2e-12)
-    assert set(asked) == {size}
+    assert min(asked) == size and len(asked) < 50
 
 
 @pytest.mark.parametrize(
