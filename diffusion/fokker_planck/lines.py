@@ -27,6 +27,7 @@ from scipy.linalg.lapack import zgtsv
 from diffusion.fokker_planck.evolution import talbot
 
 POLES = 28, 24  # of the rational approximation, and of the one that it is compared with
+MANY = 8  # times as many states as cells, for which the matrix of the exponential is found
 BATCH = 2**18  # numbers in states for which all poles are taken at once
 EPSILON = float(np.finfo(float).eps)
 AGREEMENT = 1e-11  # of the two, relative to the mass; the finer is better by two digits, unless rounding is reached
@@ -90,7 +91,7 @@ class Line:
     def _advance(self, states: np.ndarray, duration: float, compact: np.ndarray | None) -> np.ndarray | None:
         """States that are all smooth, or all not; many of them by the matrix that takes each cell along."""
         number, size = states.shape
-        if number > size:
+        if number > MANY * size:
             matrix = self._advance(np.eye(size), duration, compact)
             return None if matrix is None else states @ matrix
         states, many = states.copy(), max(1, BATCH // size)
