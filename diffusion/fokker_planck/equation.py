@@ -57,8 +57,8 @@ class FokkerPlanck:
             A number does for a constant, as what it returns or in its place.
 
     Both get the time t as a tensor (B,), the same for all points; functions of one number, such as
-    ``lambda x, t: -beta(t) * x``, get it 0-dimensional instead. They are to depend on (x, t) alone: where they allow it,
-    they are asked at many times at once, by torch.func.vmap.
+    ``lambda x, t: -beta(t) * x``, get it 0-dimensional instead. They are to depend on (x, t) alone: where they allow
+    it, they are asked at many times at once, by torch.func.vmap.
 
     Raises:
         UserError: a function returns another shape, or numbers that are not finite; when it is first called.
