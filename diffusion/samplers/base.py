@@ -24,6 +24,8 @@ from diffusion.samplers.scores import Joint, Motion, motion
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
+MOST = 1_000_000  # of any whole number that is an option
+
 
 class Model(Protocol):
     """What a sampler integrates; `device` is asked for by `generate` only."""
@@ -208,12 +210,14 @@ def whole(value: int, name: str, least: int) -> None:
     """Check an option that is a whole number.
 
     Raises:
-        UserError: it is not, or less than the least.
+        UserError: it is not, less than the least, or more than MOST.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise UserError(f"sampler has {name}={value!r}, expected a whole number")
     if value < least:
         raise UserError(f"sampler has {name}={value}, expected at least {least}")
+    if value > MOST:
+        raise UserError(f"sampler has {name}={value}, expected at most {MOST}")
 
 
 def state_dtype(device: torch.device) -> torch.dtype:

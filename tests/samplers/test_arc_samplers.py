@@ -270,13 +270,14 @@ def test_the_models_own_std_is_taken():
     [
         (lambda: Multistep(0), ("steps=0", "at least 1")),
         (lambda: Multistep(2.5), ("steps=2.5", "whole number")),
+        (lambda: Multistep(10**10), ("steps=10000000000", "at most 1000000")),
         (lambda: Multistep(5, True), ("order=True", "whole number")),
         (lambda: Multistep(5, 5), ("order=5", "1, 2, 3 or 4")),
         (lambda: Multistep(5, std=-1.0), ("std=-1.0", "positive")),
         (lambda: RungeKutta(1), ("steps=1", "at least 2")),
         (lambda: RungeKutta(5, 7), ("order=7", "1, 2, 3 or 4")),
     ],
-    ids=["steps", "half a step", "no order", "order", "std", "single steps", "single-step order"],
+    ids=["steps", "half a step", "too many", "no order", "order", "std", "single steps", "single-step order"],
 )
 def test_impossible_options_are_refused(make, parts, user_error):
     with user_error(*parts):
