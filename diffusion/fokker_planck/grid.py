@@ -87,7 +87,7 @@ class GridSolver:
     """Solves a Fokker-Planck equation on a box of equal cells.
 
     Of fourth order in the width h of a cell in one dimension, see `lines`, if drift and noise are smooth, the cells
-    resolve the start, there is no mass at walls, and no more than H = int f / D = 64 goes around a circle; otherwise of
+    resolve the start, there is no mass at walls, and no more than H = int f / D = 32 goes around a circle; otherwise of
     second order, as currents and entropy production always are. There what moves is spread by more than its noise D, by
     the share (w / 2) coth(w / 2) - 1 with w = f h / D: 8 % at w = 1, 31 % at 2, beyond which the grid is called too
     coarse; at rest nothing is. Of first order where a full matrix meets a reflecting wall with mass at it, and along

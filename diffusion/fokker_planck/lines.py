@@ -14,7 +14,8 @@ cells, which M^-1 p shows: for such M is 1, and it is between cells where next t
 Talbot's rule is for exponents near the negative axis: beyond 8 to either side it is wrong, and beyond 30 it gives 0
 whatever the number of poles. On a line they are real, or next to it. On a circle what goes around, H = int f / D, turns
 them: the k-th is (2 pi k i H - (2 pi k)^2) t / L^2, L = int dx / sqrt(D), for large k. So t is cut into parts of less
-than a turn, and all waves are looked at, in the densities of two single cells. All numbers are numpy's, on the CPU.
+than a turn, and all waves are looked at, in the densities of two single cells. Where so much goes around that there are
+too many parts, the series of `JumpProcess` takes over, for R; S fades before. All numbers are numpy's, on the CPU.
 """
 
 import math
@@ -31,9 +32,11 @@ MANY = 8  # times as many states as cells, for which the matrix of the exponenti
 BATCH = 2**18  # numbers in states for which all poles are taken at once
 EPSILON = float(np.finfo(float).eps)
 AGREEMENT = 1e-11  # of the two, relative to the mass; the finer is better by two digits, unless rounding is reached
+ROUNDED = 1e-6  # at most, if it is
 SHORTEST = 1 / 256  # part of a duration, or of one that is not beyond TURN
 TURN = 5.0  # to which the first exponent may be turned
-STRONG = 64.0  # H above which too many parts would be needed
+STRONG = 32.0, 64.0  # H between which S fades, and beyond which too many parts would be needed
+SETTLED = 1e-14  # of the mass, that is not at rest
 FEW = 16.0  # times as frequent as between two cells are jumps next to them, above which S fades there
 STEEP = 2 / np.tanh(1)  # b(-w) + b(w) at w = 2, beyond which S fades: M is to be far from singular
 ROUGH = 1e-3  # of the mass, that M^-1 p may have below 0
@@ -49,7 +52,7 @@ class Line:
     """
 
     def __init__(self, up: np.ndarray, down: np.ndarray, drive: np.ndarray, lost: np.ndarray | None = None):
-        self.up, self.down, self.lost, self.number = up, down, lost, len(up)
+        self.up, self.down, self.drive, self.lost, self.number = up, down, drive, lost, len(up)
         self.rates = _generator(up, down)
         if lost is not None:
             self.rates[1] -= lost
@@ -60,7 +63,8 @@ class Line:
         jumps = up + down
         most = np.maximum(np.maximum(jumps, np.append(jumps[1:], jumps[0])), np.append(jumps[-1], jumps[:-1]))
         share = np.minimum(share, FEW * jumps / np.maximum(most, 1e-300) - 1)
-        share = np.maximum(share, 0) / 24
+        fading = (STRONG[1] - abs(self._around)) / (STRONG[1] - STRONG[0])
+        share = np.maximum(np.minimum(share, fading), 0) / 24
         self.compact = _generator(share * (both + drive), share * (both - drive))
         self.compact[1] += 1
         self._looked_at: dict[bool, float] = {}  # the longest part that is right for all waves, without M and with it
@@ -78,7 +82,7 @@ class Line:
         difference: where drift is much larger than noise, or goes around a circle. None where that does not do, and
         where too much goes around.
         """
-        if abs(self._around) > STRONG:
+        if abs(self._around) > STRONG[1]:
             return None
         result = np.empty_like(states)
         for compact, rows in ((self.compact, smooth), (None, ~smooth)):
@@ -102,11 +106,20 @@ class Line:
                 found = self._rational(states[k : k + many], step * duration, compact)
                 if found is not None:
                     states[k : k + many], left = found, left - step
+                    if step < 1 and self._settled(found):
+                        break
                 elif step > SHORTEST * first:
                     step /= 2
                 else:
                     return None
         return states
+
+    def _settled(self, states: np.ndarray) -> bool:
+        """Whether all is at rest."""
+        if self._at_rest is None:
+            return False
+        mass = states.sum(1, keepdims=True)
+        return bool((np.abs(states - self._at_rest * mass).sum(1) <= SETTLED * mass[:, 0]).all())
 
     @cached_property
     def _around(self) -> float:
@@ -118,10 +131,12 @@ class Line:
 
     @cached_property
     def _turning(self) -> float:
-        """2 pi H / L^2; D is the geometric mean of the two rates."""
+        """2 pi H / L^2, with D from the product of the two rates, (D (w / 2) / sinh(w / 2))^2."""
         if self._around == 0 or not math.isfinite(self._around):
             return 0.0
-        return math.tau * abs(self._around) / float(((self.up * self.down) ** -0.25).sum()) ** 2
+        half = np.maximum(np.abs(self.drive) / 2, 1e-300)
+        noise = np.sqrt(self.up) * np.sqrt(self.down) * np.sinh(half) / half
+        return math.tau * abs(self._around) / float((noise**-0.5).sum()) ** 2
 
     def _rational(self, states: np.ndarray, duration: float, compact: np.ndarray | None) -> np.ndarray | None:
         """What is absorbed, int lost . exp(s A) state ds, has w / z for w.
@@ -145,7 +160,8 @@ class Line:
             results += still
         with np.errstate(all="ignore"):
             fine, coarse = results / results.sum(1, keepdims=True)
-            if not (np.abs(fine - coarse).sum(0) <= AGREEMENT + EPSILON * duration * -self.rates[1].min()).all():
+            rounded = min(AGREEMENT + EPSILON * duration * -self.rates[1].min(), ROUNDED)
+            if not (np.abs(fine - coarse).sum(0) <= rounded).all():
                 return None
         if looked:
             self._looked_at[compact is None] = duration

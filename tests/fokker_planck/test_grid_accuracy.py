@@ -31,16 +31,16 @@ def correlated(dim):
 
 
 def turning_wave():
-    """On a circle, 1 + c exp(-D k^2 t) cos(k (x - v t)), here with D = 1 / 2, k = 2 and the speed v = 3."""
+    """On a circle, 1 + c exp(-D k^2 t) cos(k (x - v t)), here with D = 1 / 2, k = 2 and the speed v = 2."""
 
     class Wave:
         def __init__(self, t):
             self.t = t
 
         def log_prob(self, x):
-            return (1 + 0.7 * math.exp(-2 * self.t) * (2 * (x[:, 0] - 3 * self.t)).cos()).log() - math.log(math.tau)
+            return (1 + 0.7 * math.exp(-2 * self.t) * (2 * (x[:, 0] - 2 * self.t)).cos()).log() - math.log(math.tau)
 
-    equation = FokkerPlanck(lambda x, t: torch.full_like(x, 3.0), 1.0)
+    equation = FokkerPlanck(lambda x, t: torch.full_like(x, 2.0), 1.0)
     return Problem(equation, Wave(0.0), ((0.0, math.tau),), 0.8, "periodic", law_at=Wave)
 
 

@@ -19,7 +19,7 @@ CASES = {
     "geometric_brownian": (problems.geometric_brownian(), 96, "reflecting", 0.5),
     "absorbing": (problems.ratchet(), 48, "absorbing", 0.5),
     "ratchet": (problems.ratchet(), 48, "periodic", 1.0),
-    "ratchet_back": (problems.ratchet(force=-0.9, temperature=0.1), 64, "periodic", 3.0),
+    "ratchet_back": (problems.ratchet(force=-0.4, temperature=0.1), 64, "periodic", 3.0),
     "closed_ratchet": (problems.ratchet(force=0.0), 32, "periodic", 1.0),
     "three_cells": (problems.ratchet(), 3, "periodic", 1.0),
 }
@@ -124,9 +124,10 @@ def test_many_states_are_taken_along_by_one_matrix(name, monkeypatch):
 @pytest.mark.parametrize(
     ("speed", "noise", "time", "waves", "cells", "error"),
     [
-        (5.0, 0.5, 6.0, 1, 128, 1e-5),  # five turns, nearly at rest
-        (0.1, 0.01, 60.0, 1, 96, 1e-4),  # one turn, in which little is damped
-        (0.1, 0.01, 6.0, 4, 256, 1e-5),
+        (2.5, 0.5, 12.0, 1, 128, 1e-6),  # five turns, nearly at rest
+        (0.05, 0.01, 120.0, 1, 96, 1e-5),  # one turn, in which little is damped
+        (0.05, 0.01, 6.0, 4, 256, 1e-5),
+        (0.09, 0.01, 60.0, 1, 256, 1e-3),  # much goes around: S fades
         (10.0, 0.01, 1.0, 4, 1024, 0.2),  # too much goes around: the chain, of second order
         (40.0, 0.5, 1.0, 1, 512, 0.02),
         (-40.0, 0.5, 1.0, 1, 512, 0.02),
@@ -164,3 +165,52 @@ def test_entropy_production_is_the_loss_of_free_energy_to_second_order():
         energy = torch.xlogy(found.density, found.density / gibbs).sum(1) * grid.box.volume
         gaps.append(abs(float(found.entropy_production[2] - (energy[1] - energy[3]) / (2 * h))))
     assert gaps[1] < 1e-4 and math.log2(gaps[0] / gaps[1]) == pytest.approx(2, abs=0.15)
+
+
+def test_what_goes_around_may_cross_the_limit():
+    """H from 32 to 79, in time: the scheme fades into the chain, so that steps of either side agree."""
+    equation = FokkerPlanck(lambda x, t: 1.6 + 2.4 * t[:, None] + 0.2 * x.sin(), math.sqrt(0.6))
+    grid = GridSolver(equation, [(0.0, math.tau)], 128, "periodic")
+    start = grid.density(gaussian(math.pi, 0.4))
+    found = grid.solve(start, [0.0, 1.0], tolerance=1e-5)
+    fine = GridSolver(equation, [(0.0, math.tau)], 384, "periodic").solve(gaussian(math.pi, 0.4), [0.0, 1.0], 1e-5)
+    assert found.steps < 200 and found.time_error < 1e-5
+    assert float((found.density[1] - fine.density[1, 1::3]).abs().sum()) * grid.box.volume < 1e-2
+
+
+def test_nothing_is_done_for_what_is_at_rest(monkeypatch):
+    process, _ = line_of("ratchet_back")
+    asked, resolvents = [], lines._resolvents
+    monkeypatch.setattr(lines, "_resolvents", lambda *args: asked.append(args) or resolvents(*args))
+    state = np.eye(process.number)[:1]
+    end = process._line.advance(state, 1e5, np.array([True]))
+    np.testing.assert_allclose(end[0], process._line._at_rest, rtol=0, atol=1e-13)
+    assert len(asked) < 1000
+
+
+def circle(around, cells=128):
+    """A circle of length 2 pi and noise D = 1 / 2, with a constant drift of that H."""
+    speed = around / (4 * math.pi)
+    grid = GridSolver(FokkerPlanck(lambda x, t: speed + 0 * x, 1.0), [(0.0, math.tau)], cells, "periodic")
+    return grid, JumpProcess(grid.box, jumps_at(grid.equation, grid.box, 0.0))._line, speed
+
+
+def test_a_wave_that_one_part_turns_too_far_is_looked_at():
+    """The first wave turns by 4.9, the sixth by 29: a start of the sixth alone would be 0 by both numbers of poles."""
+    grid, line, speed = circle(59.0)
+    state, time = 1 + 0.9 * (6 * grid.box.axes[0]).cos()[None].numpy(), 4.9 / speed
+    exact = state @ expm(time * np.linalg.solve(dense(line.compact), dense(line.rates))).T
+    assert np.abs(exact - 1).max() > 1e-9
+    np.testing.assert_allclose(line.advance(state, time, np.array([True])), exact, rtol=0, atol=1e-12)
+
+
+def test_the_order_fades_where_much_goes_around():
+    def error(around):
+        grid, _, speed = circle(around, 96)
+        x = grid.box.axes[0]
+        start, end = (1 + 0.9 * math.exp(-t / 2) * (x - speed * t).cos() for t in (0.0, 0.3))
+        return float((grid.solve(start, [0.0, 0.3]).density[1] - end).abs().mean())
+
+    near, beyond, half, none = map(error, (63.9, 64.1, 48.0, 31.9))
+    assert near == pytest.approx(beyond, rel=0.03) and half < 0.6 * near and none < 0.01 * near
+    assert circle(64.1)[1].advance(np.ones((1, 128)), 1.0, np.array([True])) is None
