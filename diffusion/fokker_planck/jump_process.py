@@ -12,7 +12,7 @@ from diffusion.errors import UserError
 from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.evolution import NEGLIGIBLE, uniformised
 from diffusion.fokker_planck.jumps import Jumps
-from diffusion.fokker_planck.lines import Line
+from diffusion.fokker_planck.lines import MANY, Line
 
 GROWTH = 1e2  # of the terms of a series, which costs as many digits
 CHECKED_EVERY = 8  # terms
@@ -39,12 +39,13 @@ class JumpProcess:
     A state (B, n) holds the mass of each cell, or (B, n + 1), with the absorbed mass last, where the box has an
     absorbing face. Products are sums over bands: index differences s, with the rates up, from i to i + s, and down.
 
-    In one dimension `advance` takes a rational approximation, by tridiagonal solves, and M^-1 A for A, see `lines`,
-    which is of fourth order in space: it is good to rounding unless drift is much larger than noise. Otherwise it takes
-    the series of Chebyshev polynomials as far as these do not grow, which is far where drift is small next to noise;
-    where they grow, it halves the step, and in the end uniformises. The series leaves noise of about 1e-16 times the
-    growth for each term, up to about 1e-11 of the mass, the rational approximation 1e-13: what is negative is set to 0
-    and the mass is restored. Densities below that are noise, too; uniformisation has none.
+    In one dimension `advance` takes a rational approximation, by tridiagonal solves on the CPU (many states are then
+    multiplied by a matrix, on the device), and M^-1 A for A, see `lines`, which is of fourth order in space: it is good
+    to rounding unless drift is much larger than noise. Otherwise it takes the series of Chebyshev polynomials as far as
+    these do not grow, which is far where drift is small next to noise; where they grow, it halves the step, and in the
+    end uniformises. The series leaves noise of about 1e-16 times the growth for each term, up to about 1e-11 of the
+    mass, the rational approximation 1e-13: what is negative is set to 0 and the mass is restored. Densities below that
+    are noise, too; uniformisation has none.
     """
 
     def __init__(self, box: Box, jumps: Jumps, ledger: Ledger | None = None):
@@ -113,11 +114,20 @@ class JumpProcess:
         return state
 
     def _on_line(self, state: Tensor, duration: float) -> Tensor | None:
-        states = state.cpu().numpy()
         if self.ledger.smooth is None:
-            self.ledger.smooth = self._line.smooth(states)
-        found = self._line.advance(states, duration, self.ledger.smooth)
-        return None if found is None else torch.from_numpy(found).to(state)
+            self.ledger.smooth = self._line.smooth(state.cpu().numpy())
+        smooth = self.ledger.smooth
+        if len(state) <= MANY * state.shape[1]:
+            found = self._line.advance(state.cpu().numpy(), duration, smooth)
+            return None if found is None else torch.from_numpy(found).to(state)
+        following = torch.empty_like(state)
+        for kind in np.unique(smooth):
+            matrix = self._line.matrix(duration, kind)
+            if matrix is None:
+                return None
+            rows = torch.from_numpy(smooth == kind).to(state.device)
+            following[rows] = state[rows] @ torch.from_numpy(matrix).to(state)
+        return following
 
     def _kept(self, following: Tensor, state: Tensor) -> Tensor:
         """`following` without what is negative, of the mass of `state`; how much that changes is noted."""

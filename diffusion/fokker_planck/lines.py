@@ -28,7 +28,7 @@ from scipy.linalg.lapack import zgtsv
 from diffusion.fokker_planck.evolution import talbot
 
 POLES = 28, 24  # of the rational approximation, and of the one that it is compared with
-MANY = 8  # times as many states as cells, for which the matrix of the exponential is found
+MANY = 8  # times as many states as cells, for which the matrix of the exponential is worth while
 BATCH = 2**18  # numbers in states for which all poles are taken at once
 EPSILON = float(np.finfo(float).eps)
 AGREEMENT = 1e-11  # of the two, relative to the mass; the finer is better by two digits, unless rounding is reached
@@ -82,8 +82,6 @@ class Line:
         difference: where drift is much larger than noise, or goes around a circle. None where that does not do, and
         where too much goes around.
         """
-        if abs(self._around) > STRONG[1]:
-            return None
         result = np.empty_like(states)
         for compact, rows in ((self.compact, smooth), (None, ~smooth)):
             found = self._advance(states[rows], duration, compact)
@@ -92,13 +90,16 @@ class Line:
             result[rows] = found
         return result
 
+    def matrix(self, duration: float, smooth: bool) -> np.ndarray | None:
+        """That by which states are multiplied from the right, for many states, all smooth or all not."""
+        size = self.number + (self.lost is not None)
+        return self._advance(np.eye(size), duration, self.compact if smooth else None)
+
     def _advance(self, states: np.ndarray, duration: float, compact: np.ndarray | None) -> np.ndarray | None:
-        """States that are all smooth, or all not; many of them by the matrix that takes each cell along."""
-        number, size = states.shape
-        if number > MANY * size:
-            matrix = self._advance(np.eye(size), duration, compact)
-            return None if matrix is None else states @ matrix
-        states, many = states.copy(), max(1, BATCH // size)
+        if abs(self._around) > STRONG[1]:
+            return None
+        (number, size), states = states.shape, states.copy()
+        many = max(1, BATCH // size)
         first = 2.0 ** -max(0, math.ceil(math.log2(max(duration * self._turning, 1e-300) / TURN)))
         for k in range(0, number, many):
             left, step = 1.0, first
