@@ -319,6 +319,9 @@ def main() -> None:
     anew = {(row["problem"], row["method"]) for row in rows}
     kept = [row for row in report.get("comparison", []) if (row["problem"], row["method"]) not in anew]
     report.update(comparison=rows + kept, orders=orders())
+    report["grid over scipy at its error or less"] = {
+        name: at_equal_error([row for row in report["comparison"] if row["problem"] == name]) for name in STUDIES
+    }
     if options.all:
         import fokker_planck_particles
         import weak_form

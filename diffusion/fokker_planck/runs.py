@@ -114,8 +114,7 @@ class Grid(Recipe):
             exact = torch.stack([problem.law_at(t).log_prob(solver.box.centres).exp() for t in times])
             error, name = found.density - exact.reshape(found.density.shape), "L1 error"
         else:
-            times_finer = 3 if problem.dim == 1 else 2
-            fine = tuple(times_finer * n for n in solver.box.cells)
+            fine = tuple((3 if problem.dim == 1 else 2) * n for n in solver.box.cells)
             finer = GridSolver(problem.equation, problem.domain, fine, problem.boundary, self.device)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # said already of the coarser one

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.fokker_planck import FokkerPlanck, GridSolver, problems
+from diffusion.fokker_planck import FokkerPlanck, GridSolver, evolution, problems
 from diffusion.fokker_planck.box import Box, gauss
 from diffusion.fokker_planck.jumps import jumps_at, mean_jumps
 from diffusion.fokker_planck.laws import gaussian
@@ -209,3 +209,16 @@ def test_noise_may_change_its_shape_in_time():
     found = FokkerPlanck(lambda x, t: -x, noise).over(x, times)[1]
     exact = torch.tensor([1.0, 4.0, 1.0], dtype=torch.float64)[:, None, None, None] * torch.eye(2, dtype=torch.float64)
     torch.testing.assert_close(found, exact.expand(3, 3, 2, 2))
+
+
+def test_moments_are_asked_for_in_parts_of_bounded_size(monkeypatch):
+    equation, asked = FokkerPlanck(lambda x, t: (4 * t)[:, None].sin() - x, 1.0), []
+    at_once = RatesInTime.coefficients
+    monkeypatch.setattr(RatesInTime, "coefficients", lambda *args: asked.append(len(args[1])) or at_once(*args))
+    ends = []
+    for numbers in (evolution.AT_ONCE, 4 * 48 * 2, 1):  # all, two means, one
+        monkeypatch.setattr(evolution, "AT_ONCE", numbers)
+        asked.clear()
+        ends.append(GridSolver(equation, [(-6.0, 6.0)], 48).solve(gaussian(0.5, 0.6), [0.0, 1.0], 1e-2).density[1])
+        assert max(asked) == {4 * 48 * 2: 8, 1: 4}.get(numbers, 18)
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])

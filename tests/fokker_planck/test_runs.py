@@ -124,3 +124,20 @@ def test_a_problem_of_ones_own(run, module):
     status, out, err = run("fokker_planck", *own, "animation=false")
     assert status == 0, err
     assert math.isclose(float(out.splitlines()[2].split()[0]), 0.5)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_densities_between_two_cells(axis):
+    """Exact for cubic polynomials, but next to ends, where it is for straight lines; on a circle next to all."""
+    x = torch.arange(12, dtype=torch.float64)
+    cubic, wave = 1 + x - 0.2 * x**2 + 0.03 * x**3, (math.tau * x / 12).sin()
+    middle = x[::2] + 0.5
+
+    def found(values, periodic):
+        values = values.expand(2, 4, 12) if axis == 2 else values[:, None].expand(2, 12, 4)
+        return runs._at_middles(values, axis, periodic).movedim(axis, 2)[1, 3]
+
+    exact = 1 + middle - 0.2 * middle**2 + 0.03 * middle**3
+    torch.testing.assert_close(found(cubic, False)[1:-1], exact[1:-1], rtol=1e-14, atol=0)
+    torch.testing.assert_close(found(cubic, False)[[0, -1]], (cubic[[0, -2]] + cubic[[1, -1]]) / 2, rtol=1e-14, atol=0)
+    torch.testing.assert_close(found(wave, True), (math.tau * middle / 12).sin(), rtol=0, atol=0.002)
