@@ -38,7 +38,10 @@ class Unread(Tensor):
 
 
 def at_any_time(ask: Callable[[Tensor], Found]) -> Found | None:
-    """What `ask`, of a time, makes of functions that do nothing with the time; otherwise None."""
+    """What `ask`, of a time, makes of drift and diffusion if these do nothing with the time; otherwise None.
+
+    They are called with a time that has no numbers; if they do without, it never matters.
+    """
     before = Unread.looks
     try:
         found = ask(Unread.like(torch.empty(0)))

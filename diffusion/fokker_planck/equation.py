@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.fokker_planck.asking import Asked, Found, Function, at_any_time, shown
+from diffusion.fokker_planck.asking import Asked, Function, shown
 
 STEPS = 1e-5, 1e-3  # of differences that derivatives are compared with; the longer is for functions in float32
 
@@ -174,13 +174,6 @@ class FokkerPlanck:
         gap, size = (value.reshape(len(x), -1).abs().amax(1) for value in (change - rise, change))
         moving = size > 1e-6 * float(step.norm(dim=1).max()) * function(x, t).abs().max().clamp_min(1e-12)
         return not bool(moving.any()) or (followed and float((gap > 0.01 * size)[moving].double().mean()) <= 0.5)
-
-    def at_any_time(self, ask: Callable[[Tensor], Found]) -> Found | None:
-        """What `ask`, of a time, makes of drift and diffusion, if these do nothing with the time; otherwise None.
-
-        They are called with a time that has no numbers; if they do without, it never matters.
-        """
-        return at_any_time(ask)
 
     def velocity(self, x: Tensor, t: Tensor | float, score: Tensor) -> Tensor:
         """That of the probability-flow ODE (B, d), which has the same densities: f - 1/2 div a - 1/2 a grad log p.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
+from diffusion.fokker_planck.asking import at_any_time
 from diffusion.fokker_planck.bases import Basis, Fourier
 from diffusion.fokker_planck.changes import turning_times
 from diffusion.fokker_planck.equation import FokkerPlanck
@@ -248,7 +249,7 @@ class GalerkinSolver(WeakSolver):
         return False
 
     def _means(self, tilt: Tilt, times: list[float]) -> tuple[Means, Sequence[float]]:
-        always = self.equation.at_any_time(lambda time: coefficients(self.equation, self.product, tilt, [time])[0])
+        always = at_any_time(lambda time: coefficients(self.equation, self.product, tilt, [time])[0])
         if always is not None or len(times) < 2:
             one = None if always is None else WeakOperator(self.product, tilt, always)
             return lambda intervals: [one] * len(intervals), ()

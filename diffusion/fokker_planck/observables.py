@@ -133,10 +133,10 @@ def warn_if_cut(box: Box, masses: Tensor, equation: FokkerPlanck, time: float, s
     Args:
         masses: of the cells at the times, (K, B, n).
     """
+    masses = masses.reshape(-1, box.number)
     for axis in (axis for axis, word in enumerate(box.boundary) if word == "periodic"):
         places, (low, high) = box.centres[:, axis], box.domain[axis]
         at_end = places < low + box.widths[axis]
-        masses = masses.reshape(-1, box.number)
         share = float((masses @ (at_end | (places > high - box.widths[axis])).to(masses) / masses.sum(1)).max())
         if not share > AT_WALLS:
             continue

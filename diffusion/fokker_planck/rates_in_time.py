@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.fokker_planck.asking import at_any_time
 from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.equation import FokkerPlanck
 from diffusion.fokker_planck.evolution import in_parts, weighted
@@ -33,7 +34,7 @@ class RatesInTime:
 
     def __init__(self, equation: FokkerPlanck, box: Box, start: float, ledger: Ledger | None = None):
         self.equation, self.box, self.start, self.ledger = equation, box, start, ledger
-        always = equation.at_any_time(lambda time: jumps_at(equation, box, time, stacklevel=6))
+        always = at_any_time(lambda time: jumps_at(equation, box, time, stacklevel=5))
         self.changing = always is None
         self.first = always or jumps_at(equation, box, start, stacklevel=3)
         self.at_start = MeanProcess(self, [(start, 1.0)])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffusion.fokker_planck import FokkerPlanck, GridSolver, evolution, problems
+from diffusion.fokker_planck.asking import at_any_time
 from diffusion.fokker_planck.box import Box, gauss
 from diffusion.fokker_planck.jumps import jumps_at, mean_jumps
 from diffusion.fokker_planck.laws import gaussian
@@ -36,7 +37,7 @@ LOOK = {
 def always(equation):
     """Drift and covariance at some points, if they are the same at all times."""
     x = torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None]
-    return equation.at_any_time(lambda t: (equation.drift(x, t), equation.covariance(x, t)))
+    return at_any_time(lambda t: (equation.drift(x, t), equation.covariance(x, t)))
 
 
 @pytest.mark.filterwarnings("ignore")
