@@ -1,21 +1,20 @@
 """Linear equations du/dt = A(t) u: exponentials of operators, and steps in time that keep what exponentials keep.
 
-A step from t to t + h is exp(h M) with M the mean of A over the step: the first term of Magnus' series (Magnus 1954;
-Blanes et al. 2009, arXiv 0810.5488), of order 2. It is exact, in one step of any length, where A does not change in
-time or changes by a factor only, see `stepping`; and where A generates a Markov chain so does M, so that the step keeps
-the mass and no density becomes negative, whatever its length.
+A step is a product of exponentials of weighted means of A over parts of it: Magnus' series (Magnus 1954; Blanes et al.
+2009, arXiv 0810.5488) without its commutators, of order 4, see `stepping`. It is exact, in one step of any length,
+where A does not change in time or changes by a factor only; and where A generates a Markov chain so do its means, so
+that the step keeps the mass and no density becomes negative.
 """
 
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.polynomial.legendre import leggauss
 from scipy.special import ive
 from scipy.stats import poisson
 from torch import Tensor
@@ -25,7 +24,6 @@ from diffusion.fokker_planck.stepping import Means, Operator, step
 
 NEGLIGIBLE = 1e-17
 MOST_STEPS = 100_000
-AT_ONCE = 4_000_000  # numbers
 NEAR = 1e-6  # of all the time: no step is to end so near to a time
 JUMPS = 0.1  # of the tolerance, kept for steps that do not resolve how A changes,
 ONE_JUMP = 0.02  # of what is left of it for one of them
@@ -35,14 +33,11 @@ __all__ = [
     "Operator",
     "chebyshev",
     "evolve",
-    "in_parts",
     "krylov",
     "largest",
-    "moments",
     "rising",
     "talbot",
     "uniformised",
-    "weighted",
 ]
 
 
@@ -83,17 +78,15 @@ def evolve(
     norm: Callable[[Tensor], float],
     tolerance: float = 1e-8,
     steps: int | None = None,
-    extrapolate: bool = False,
     stops: Sequence[float] = (),
 ) -> Evolution:
     """States (K, B, n) at the rising `times`, from `state` (B, n) at the first of them.
 
     Args:
-        means: the means of A over each of the given times (t, t'), see `in_parts`.
+        means: the weighted means of A by each of several rules.
         norm: of a difference of states.
         tolerance: of the error at the last time; the errors of the steps add up to no more.
         steps: of equal length between each two times, instead of steps chosen by the tolerance.
-        extrapolate: combine the step with its parts for order 4; the result may then be negative.
         stops: other times at which steps that are chosen by the tolerance are to end, see `changes`.
 
     Warns:
@@ -106,7 +99,7 @@ def evolve(
     if not numbers or not tolerance > 0 or (steps is not None and steps < 1):
         raise UserError(f"tolerance is {tolerance} and steps is {steps}, expected positive numbers, or no steps")
     states, number, error, total = [state], 0, 0.0, times[-1] - times[0]
-    proposed, kept, grow, exponent = total, JUMPS * tolerance, 5.0, 1 / 4 if extrapolate else 1 / 2
+    proposed, kept, grow = total, JUMPS * tolerance, 5.0
     apart = [stop for stop in stops if min(abs(stop - time) for time in times) > NEAR * total]
     for start, stop in itertools.pairwise(times if steps else sorted({*times, *apart})):
         t = start
@@ -115,13 +108,13 @@ def evolve(
             h = (stop - start) / steps if steps else min(left, proposed)
             if left - h < 1e-9 * (stop - start):
                 h = left
-            following, step_error, smooth = step(means, state, t, h, norm, extrapolate)
+            following, step_error, smooth = step(means, state, t, h, norm)
             number += 1
             if steps is None:
                 allowed = (1 - JUMPS) * tolerance * h / total
                 if not smooth:
                     allowed = max(allowed, ONE_JUMP * kept)
-                wanted = 0.9 * (allowed / max(step_error, 1e-300)) ** exponent
+                wanted = 0.9 * (allowed / max(step_error, 1e-300)) ** (1 / 4)
                 if not step_error <= allowed:
                     if number > MOST_STEPS or h < 1e-14 * total:
                         raise UserError(
@@ -142,35 +135,6 @@ def evolve(
             stacklevel=3,
         )
     return Evolution(torch.stack(states), number, error)
-
-
-@lru_cache
-def _gauss(points: int) -> list[tuple[float, float]]:
-    return [(float(node), float(weight)) for node, weight in zip(*leggauss(points), strict=True)]
-
-
-def moments(start: float, stop: float, points: int = 4) -> list[tuple[float, float]]:
-    """Times, and weights of sum 1, of Gauss and Legendre's rule for means; the time itself if both are one."""
-    if start == stop:
-        return [(start, 1.0)]
-    middle, half = (start + stop) / 2, (stop - start) / 2
-    return [(middle + half * node, weight / 2) for node, weight in _gauss(points)]
-
-
-def in_parts(intervals: Sequence[tuple[float, float]], numbers: int) -> Iterator[list[list[tuple[float, float]]]]:
-    """The `moments` of each interval, as many intervals at once as have AT_ONCE numbers, of so many at each moment."""
-    many = max(1, AT_ONCE // (4 * numbers))
-    for k in range(0, len(intervals), many):
-        yield [moments(*interval) for interval in intervals[k : k + many]]
-
-
-def weighted(weights: Iterable[float], values: Iterable[Tensor]) -> Tensor:
-    """The sum of weights times values."""
-    (weight, first), *others = zip(weights, values, strict=True)
-    total = weight * first
-    for weight, value in others:
-        total.add_(value, alpha=weight)
-    return total
 
 
 def chebyshev(apply: Callable[[Tensor], Tensor], state: Tensor, duration: float, bound: float) -> Tensor:

@@ -1,9 +1,8 @@
 """The density expanded in test functions: spectral accuracy where it is smooth."""
 
-import itertools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,13 +12,13 @@ from diffusion.fokker_planck.asking import at_any_time
 from diffusion.fokker_planck.bases import Basis, Fourier
 from diffusion.fokker_planck.changes import turning_times
 from diffusion.fokker_planck.equation import FokkerPlanck
-from diffusion.fokker_planck.evolution import evolve, in_parts, rising, weighted
+from diffusion.fokker_planck.evolution import evolve, rising
 from diffusion.fokker_planck.expansion import Expansion, GalerkinSolution
 from diffusion.fokker_planck.gibbs import GibbsRoot
 from diffusion.fokker_planck.laws import Law
 from diffusion.fokker_planck.observables import warn_of_leaps
 from diffusion.fokker_planck.products import Product
-from diffusion.fokker_planck.stepping import Means
+from diffusion.fokker_planck.stepping import Means, Rule, weighted
 from diffusion.fokker_planck.weak_form import Tilt, WeakOperator, coefficients, plain_tilt
 
 REMEMBERED = 3  # operators
@@ -92,7 +91,7 @@ class WeakSolver(ABC):
             return float((size * self.product.numbers(difference).reshape(-1)).abs().sum())
 
         means, stops = self._means(tilt, times)
-        evolution = evolve(means, state[None], times, norm, tolerance, steps, extrapolate=True, stops=stops)
+        evolution = evolve(means, state[None], times, norm, tolerance, steps, stops)
         solution = GalerkinSolution.of(expansion, tilt, times, evolution, float(steady), errors)
         solution.warn_where_coarse(self._cut_axes(times))
         solution.warn_if_at_walls()
@@ -252,7 +251,7 @@ class GalerkinSolver(WeakSolver):
         always = at_any_time(lambda time: coefficients(self.equation, self.product, tilt, [time])[0])
         if always is not None or len(times) < 2:
             one = None if always is None else WeakOperator(self.product, tilt, always)
-            return lambda intervals: [one] * len(intervals), ()
+            return lambda rules: [one] * len(rules), ()
         known: list[WeakOperator] = []
 
         def operator(new: Tensor) -> WeakOperator:
@@ -264,11 +263,10 @@ class GalerkinSolver(WeakSolver):
             del known[:-REMEMBERED]
             return known[-1]
 
-        def means(intervals: Sequence[tuple[float, float]]) -> Iterator[WeakOperator]:
-            for rules in in_parts(intervals, self.product.points.numel()):
-                times = [time for rule in rules for time, _ in rule]
-                values = iter(coefficients(self.equation, self.product, tilt, times))
-                for rule in rules:
-                    yield operator(weighted([weight for _, weight in rule], itertools.islice(values, len(rule))))
+        def at(times: list[float]) -> Tensor:
+            return coefficients(self.equation, self.product, tilt, times)
+
+        def means(rules: Sequence[Rule]) -> list[WeakOperator]:
+            return [operator(values) for values in weighted(rules, at, self.product.points.numel())]
 
         return means, turning_times(self.equation, self.product.points, times[0], times[-1])

@@ -11,13 +11,16 @@ matrix is first split into lines by Selling's decomposition.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion.fokker_planck.box import Box, line_rule, off_line
 from diffusion.fokker_planck.equation import FokkerPlanck, act
 from diffusion.fokker_planck.selling import selling
+from diffusion.fokker_planck.stepping import Rule, weighted
 
 POINTS = 4  # of Gauss' rule between two centres
 STEEPEST = 700.0  # largest difference of psi between two centres: less noise than that is as good as none
@@ -25,6 +28,7 @@ THINNEST = 1e-3  # least ratio of the eigenvalues of a full matrix, in units of 
 TINY = 1e-300
 
 Offset = tuple[int, ...]
+Array = TypeVar("Array", Tensor, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -52,121 +56,169 @@ class Jumps:
         return Jumps(rates, factor * self.lost, factor * self.way, self.drives, self.swings)
 
 
-def mean_jumps(weights: Sequence[float], parts: Sequence[Jumps]) -> Jumps:
-    """The weighted sum."""
-    if len(parts) == 1:
-        return parts[0]
-    rates: dict[Offset, Tensor] = {}
-    drives: dict[Offset, Tensor] = {}
-    for weight, part in zip(weights, parts, strict=True):
-        for total, values in ((rates, part.rates), (drives, part.drives)):
-            for e, value in values.items():
-                total[e] = total[e] + weight * value if e in total else weight * value
-    lost = sum(weight * part.lost for weight, part in zip(weights, parts, strict=True))
-    way = sum(weight * part.way for weight, part in zip(weights, parts, strict=True))
-    return Jumps(rates, lost, way, drives, torch.stack([part.swings for part in parts]).amax(0))
-
-
 def jumps_at(equation: FokkerPlanck, box: Box, time: Tensor | float, stacklevel: int = 2) -> Jumps:
     """The rates at one time.
 
     Warns:
         a full matrix is so nearly singular that noise had to be added.
     """
-    a = equation.covariance(box.centres, time)
-    if a.dim() == 3 and not bool((a - torch.diag_embed(a.diagonal(dim1=1, dim2=2))).any()):
-        a = a.diagonal(dim1=1, dim2=2)
-    lines = _Matrix(equation, box, time, a, stacklevel + 1) if a.dim() == 3 else _Axes(equation, box, time, a)
-    rates: dict[Offset, Tensor] = {}
-    drives: dict[Offset, Tensor] = {}
-    lost = torch.zeros(box.number, dtype=torch.float64, device=box.device)
-    way = torch.zeros(box.dim, box.number, dtype=torch.float64, device=box.device)
-    swings = torch.zeros(box.number, dtype=torch.float64, device=box.device)
+    return mean_jumps(equation, box, [[(time, 1.0)]], stacklevel + 1)[0]
+
+
+def mean_jumps(equation: FokkerPlanck, box: Box, rules: Sequence[Rule], stacklevel: int = 2) -> list[Jumps]:
+    """The rates of drifts and covariances that are weighted means, by each of the rules.
+
+    Warns:
+        a full matrix is so nearly singular that noise had to be added.
+    """
+    if box.dim > 1:
+        a = mean_coefficients(equation, box.centres, rules, full=True)[:, :, box.dim :]
+        if bool(a.reshape(-1, box.dim, box.dim)[:, ~torch.eye(box.dim, dtype=torch.bool, device=box.device)].any()):
+            found = []
+            for rule in rules:
+                found.extend(_jumps(box, _Matrix(equation, box, rule, stacklevel + 1), 1))
+            return found
+    return _jumps(box, _Axes(equation, box, rules), len(rules))
+
+
+def mean_coefficients(equation: FokkerPlanck, x: Tensor, rules: Sequence[Rule], full: bool) -> Tensor:
+    """Drift and covariance at points `x` (m, d), weighted means by P rules, (P, m, d + d^2).
+
+    If not full, the diagonal of the covariance only, (P, m, d + d).
+    """
+    dim = x.shape[1]
+
+    def at(times: list[Tensor | float]) -> Tensor:
+        drift, a = equation.over(x, times)
+        if a.dim() == 4:
+            a = a.flatten(2) if full else a.diagonal(dim1=2, dim2=3)
+        else:
+            a = a.reshape(*a.shape[:2], -1).expand(-1, -1, dim)
+            a = a.diag_embed().flatten(2) if full else a
+        return torch.cat([drift, a], 2).detach()
+
+    if len(rules) == len(rules[0]) == 1:
+        return at([rules[0][0][0]])
+    return weighted(rules, at, x.numel())
+
+
+def _jumps(box: Box, lines: "_Axes | _Matrix", number: int) -> list[Jumps]:
+    """Of so many rates that the lines give at once."""
+    rates, drives = {}, {}
+    lost, way, swings = (box.centres.new_zeros(number, *shape, box.number) for shape in ((), (box.dim,), ()))
     for e in lines.offsets:
         found = box.neighbours(e)
-        rates[e] = torch.zeros(2, box.number, dtype=torch.float64, device=box.device)
-        drives[e] = torch.zeros(box.number, dtype=torch.float64, device=box.device)
-        if found.ends.numel():
-            both, drive, swing = lines.between(e, found.ends)
-            rates[e].index_copy_(1, found.ends[0], both.detach())
-            drives[e][found.ends[0]] = drive.detach()
-            swings[found.ends[0]] = torch.maximum(swings[found.ends[0]], swing.detach())
+        start = found.ends[0]
+        rates[e], drives[e] = box.centres.new_zeros(number, 2, box.number), box.centres.new_zeros(number, box.number)
+        if start.numel():
+            both, drive, swing = map(torch.as_tensor, lines.between(e, found.ends))
+            rates[e][..., start], drives[e][:, start] = both, drive
+            swings[:, start] = torch.maximum(swings[:, start], swing)
         for sign in (1, -1) if "absorbing" in box.boundary else ():
             signed = tuple(sign * step for step in e)
             out = box.neighbours(signed)
             if len(out.lost):
-                leaving = lines.leaving(e, sign, out.lost, out.fraction).detach()
-                lost[out.lost] += leaving
+                leaving = torch.as_tensor(lines.leaving(e, sign, out.lost, out.fraction))
+                lost[:, out.lost] += leaving
                 vector = box.spacing * torch.tensor(signed, dtype=torch.float64, device=box.device)
-                way[:, out.lost] += vector[:, None] * (leaving * out.fraction)
-    return Jumps(rates, lost, way, drives, swings)
+                way[..., out.lost] += vector[:, None] * (leaving * out.fraction)[:, None]
+    return [
+        Jumps(
+            {e: values[k] for e, values in rates.items()},
+            lost[k],
+            way[k],
+            {e: values[k] for e, values in drives.items()},
+            swings[k],
+        )
+        for k in range(number)
+    ]
 
 
-def both_ways(w: Tensor) -> Tensor:
-    """b(-w) and b(w), (2, m), with b(w) = w / (exp(w) - 1), which is 1 at 0."""
-    size = w.abs().clamp_min(TINY)
-    return size / torch.expm1(size) + torch.stack([w, -w]).clamp_min(0)
+def namespace(array: Tensor | np.ndarray):
+    """numpy or torch: functions that both have, under one name, are written once."""
+    return np if isinstance(array, np.ndarray) else torch
 
 
-def _swing(slope: Tensor) -> Tensor:
-    """By how much slopes (m, POINTS) differ from the nearest linear function, next to themselves and 1, (m,)."""
-    return (slope @ off_line(POINTS, slope.device)).abs().amax(1) / (1 + slope.abs().amax(1))
+def as_array(values: Tensor) -> Tensor | np.ndarray:
+    """Of numpy on CPUs, which takes less time for each of many small calls; of torch elsewhere."""
+    return values.numpy() if values.device.type == "cpu" else values
+
+
+def both_ways(w: Array) -> Array:
+    """b(-w) and b(w), (P, 2, m), with b(w) = w / (exp(w) - 1), which is 1 at 0, for w (P, m)."""
+    xp = namespace(w)
+    size = xp.clip(abs(w), TINY, None)
+    return (size / xp.expm1(size))[:, None] + xp.clip(xp.stack([w, -w], 1), 0, None)
+
+
+def _swing(slope: Array) -> Array:
+    """By how much slopes (P, m, POINTS) differ from the nearest linear function, next to themselves and 1, (P, m)."""
+    xp, off = namespace(slope), off_line(POINTS, getattr(slope, "device", "cpu"))
+    return xp.amax(abs(slope @ (off if xp is torch else off.numpy())), -1) / (1 + xp.amax(abs(slope), -1))
 
 
 class _Axes:
-    """Noise of its own along each coordinate: `a` is (n,) or (n, d). Lengths are in cells."""
+    """Noise of its own along each coordinate, by P rules at once. Lengths are in cells, numbers `as_array`."""
 
-    def __init__(self, equation: FokkerPlanck, box: Box, time: float, a: Tensor):
-        self.equation, self.box, self.time = equation, box, time
-        self.half_per_square = box.per_square / 2
-        self.half = self._half(a)
-        self.offsets = [tuple(int(i == j) for j in range(box.dim)) for i in range(box.dim)]
+    def __init__(self, equation: FokkerPlanck, box: Box, rules: Sequence[Rule]):
+        self.box, dim = box, box.dim
+        self.offsets = [tuple(int(i == j) for j in range(dim)) for i in range(dim)]
+        self.rule = line_rule(POINTS, box.device)
+        ways = []  # of each line: offset, sign or 0, cells, length
+        for e in self.offsets:
+            ways.append((e, 0, box.neighbours(e).ends[0], 1.0))
+            for sign in (1, -1) if "absorbing" in box.boundary else ():
+                out = box.neighbours(tuple(sign * step for step in e))
+                ways.append((e, sign, out.lost, sign * out.fraction[:, None]))
+        places = [
+            box.along(start, (step * self.rule[0])[..., None] * box.steps[e.index(1)]) for e, _, start, step in ways
+        ]
+        found = mean_coefficients(equation, torch.cat([box.centres, *places]), rules, full=False)
+        drift, half = as_array(found[:, :, :dim]), as_array(found[:, :, dim:] * (box.per_square / 2))
+        self.half, done, self.lines = half[:, : box.number], box.number, {}
+        for e, sign, start, step in ways:
+            axis, part = e.index(1), slice(done, done + POINTS * len(start))
+            done = part.stop
+            d, f = (values[:, part, axis].reshape(len(rules), -1, POINTS) for values in (half, drift))
+            self.lines[e, sign] = f * ((as_array(step) if sign else 1.0) / box.widths[axis]), d
 
-    def between(self, e: Offset, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Both rates (2, m) of the lines from one cell to another, (2, m), w, and by how much each swings (m,)."""
-        axis = e.index(1)
-        w, correction, usual, swing = self._line(ends[0], axis, 1.0)
-        return self._own(ends, axis, usual) * both_ways(w) / correction, w, swing
+    def between(self, e: Offset, ends: Tensor) -> tuple[Array, Array, Array]:
+        """Both rates (P, 2, m) of the lines from one cell to another, (2, m), w (P, m), and how much each swings."""
+        w, correction, usual, swing = self._line(e, 0)
+        own = self._own(as_array(ends), e.index(1), usual[:, None])
+        return own * both_ways(w) / correction[:, None], w, swing
 
-    def leaving(self, e: Offset, sign: int, start: Tensor, fraction: Tensor) -> Tensor:
-        """The rate (m,) from the cells to the face that is the `fraction` of a cell away, along `sign` e."""
-        axis = e.index(1)
-        w, correction, usual, _ = self._line(start, axis, sign * fraction[:, None])
-        return self._own(start, axis, usual) * both_ways(w)[0] / (correction * fraction)
+    def leaving(self, e: Offset, sign: int, start: Tensor, fraction: Tensor) -> Array:
+        """The rate (P, m) from the cells to the face that is the `fraction` of a cell away, along `sign` e."""
+        w, correction, usual, _ = self._line(e, sign)
+        return self._own(as_array(start), e.index(1), usual) * both_ways(w)[:, 0] / (correction * as_array(fraction))
 
-    def _own(self, cells: Tensor, axis: int, usual: Tensor) -> Tensor:
+    def _own(self, cells: Array, axis: int, usual: Array) -> Array:
         """D in the cells; where it vanishes, for instance because the noise is 0 in a point, that of the line."""
-        own = self.half[cells, axis]
-        return torch.where(own < usual / 30, usual, own)
+        own = self.half[:, cells, axis]
+        return namespace(own).where(own < usual / 30, usual, own)
 
-    def _line(self, start: Tensor, axis: int, step: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _line(self, e: Offset, sign: int) -> tuple[Array, Array, Array, Array]:
         """The increase of phi, the mean of exp(-phi) over that of a straight phi, the harmonic mean of D, the swing."""
-        nodes, weights, integrals = line_rule(POINTS, self.box.device)
-        x = self.box.along(start, (step * nodes)[..., None] * self.box.steps[axis])
-        d = self._half(self.equation.covariance(x, self.time))[:, axis].reshape(-1, POINTS)
-        way = self.equation.drift(x, self.time)[:, axis].reshape(-1, POINTS) * (step / self.box.widths[axis])
-        d = torch.maximum(d, way.abs().amax(1, keepdim=True) / STEEPEST + TINY)
+        nodes, weights, integrals = map(as_array, self.rule)
+        way, d = self.lines[e, sign]
+        xp = namespace(way)
+        d = xp.maximum(d, xp.amax(abs(way), -1)[..., None] / STEEPEST + TINY)
         slope = way / d
         w = slope @ weights
-        phi = torch.stack([slope @ integrals.T, torch.outer(w, nodes)])
-        bent, straight = (phi.neg().exp() @ weights).unbind()
-        return w, (bent / straight).clamp(0.5, 2.0), (d.reciprocal() @ weights).reciprocal(), _swing(slope)
-
-    def _half(self, a: Tensor) -> Tensor:
-        """D (m, d) of a covariance."""
-        a = a.diagonal(dim1=1, dim2=2) if a.dim() == 3 else a
-        return a.reshape(len(a), -1) * self.half_per_square
+        bent, straight = (xp.exp(-phi) @ weights for phi in (slope @ integrals.T, w[..., None] * nodes))
+        return w, xp.clip(bent / straight, 0.5, 2.0), 1 / ((1 / d) @ weights), _swing(slope)
 
 
 class _Matrix:
-    """A full matrix `a` (n, d, d), split into lines by Selling's decomposition."""
+    """A full matrix, split into lines by Selling's decomposition; for one rule."""
 
-    def __init__(self, equation: FokkerPlanck, box: Box, time: float, a: Tensor, stacklevel: int):
-        self.equation, self.box, self.time = equation, box, time
+    def __init__(self, equation: FokkerPlanck, box: Box, rule: Rule, stacklevel: int):
+        self.equation, self.box, self.moments = equation, box, rule
+        drift, a = self._asked(box.centres)
         self.constant = bool((a == a[:1]).all())
         a = a[:1] if self.constant else a
-        here = box.centres[: len(a)]
-        floored, share = self._floored(a, equation.drift(here, time) / box.spacing)
+        floored, share = self._floored(a, drift[: len(a)] / box.spacing)
         if share > 1e-12:
             warnings.warn(
                 f"the noise is nearly confined to a line or plane, up to {share:.2g} of its largest eigenvalue was "
@@ -191,10 +243,17 @@ class _Matrix:
     def between(self, e: Offset, ends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rho = (self._rho(e, ends[0]) + self._rho(e, ends[1])) / 2
         w, swing = self._line(ends[0], e, 1.0)
-        return rho * both_ways(w), w, swing
+        return rho * both_ways(w[None]), w[None], swing[None]
 
     def leaving(self, e: Offset, sign: int, start: Tensor, fraction: Tensor) -> Tensor:
-        return self._rho(e, start) * both_ways(self._line(start, e, sign * fraction[:, None])[0])[0] / fraction
+        w, _ = self._line(start, e, sign * fraction[:, None])
+        return self._rho(e, start) * both_ways(w[None])[:, 0] / fraction
+
+    def _asked(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Drift (m, d) and covariance (m, d, d)."""
+        dim = self.box.dim
+        (found,) = mean_coefficients(self.equation, x, [self.moments], full=True)
+        return found[:, :dim], found[:, dim:].reshape(-1, dim, dim)
 
     def _rho(self, e: Offset, cells: Tensor) -> Tensor:
         return self.weights[e].expand(len(cells)) if self.constant else self.weights[e][cells]
@@ -204,13 +263,12 @@ class _Matrix:
         nodes, weights, _ = line_rule(POINTS, self.box.device)
         vector = torch.tensor(e, dtype=torch.float64, device=self.box.device)
         x = self.box.along(start, (step * nodes)[..., None] * vector * self.box.spacing)
-        flow = self.equation.drift(x, self.time)
+        flow, a = self._asked(x)
         if self.constant:
             inverse = self.inverse.expand(len(x), -1, -1)
         else:
-            flow = flow - self.equation.covariance_divergence(x, self.time) / 2
-            inverse = torch.linalg.inv(
-                self._floored(self.equation.covariance(x, self.time), flow / self.box.spacing)[0]
-            )
+            for time, weight in self.moments:
+                flow = flow - weight / 2 * self.equation.covariance_divergence(x, time)
+            inverse = torch.linalg.inv(self._floored(a, flow / self.box.spacing)[0])
         slope = (act(inverse, flow / self.box.spacing) * vector).sum(1).reshape(-1, POINTS)
         return ((slope * step) @ weights).clamp(-STEEPEST, STEEPEST), _swing(slope * step)

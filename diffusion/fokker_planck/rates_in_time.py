@@ -3,21 +3,18 @@
 They are those at the start times a factor where drift and covariance are, which is asked at the centres of the cells.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion.fokker_planck.asking import at_any_time
 from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.equation import FokkerPlanck
-from diffusion.fokker_planck.evolution import in_parts, weighted
 from diffusion.fokker_planck.jump_process import JumpProcess, Ledger
-from diffusion.fokker_planck.jumps import Jumps, jumps_at, mean_jumps
-from diffusion.fokker_planck.stepping import Operator
+from diffusion.fokker_planck.jumps import Jumps, jumps_at, mean_coefficients, mean_jumps
+from diffusion.fokker_planck.stepping import Operator, Rule
 
 
 class RatesInTime:
@@ -37,72 +34,61 @@ class RatesInTime:
         always = at_any_time(lambda time: jumps_at(equation, box, time, stacklevel=5))
         self.changing = always is None
         self.first = always or jumps_at(equation, box, start, stacklevel=3)
-        self.at_start = MeanProcess(self, [(start, 1.0)])
+        self.at_start = MeanProcess(_Together(self, [[(start, 1.0)]]), 0)
 
     def at(self, time: float) -> Jumps:
-        (process,) = self.means([(time, time)])
-        return process.jumps
+        return self.means([[(time, 1.0)]])[0].jumps
 
-    def means(self, intervals: Sequence[tuple[float, float]]) -> Iterator["MeanProcess"]:
-        """The generators of the mean chains over each of the times (t, t')."""
+    def means(self, rules: Sequence[Rule]) -> list["MeanProcess"]:
+        """The generators of the chains of mean drift and covariance, by each of the rules."""
         if not self.changing:
-            yield from [self.at_start] * len(intervals)
-            return
-        for rules in in_parts(intervals, self.box.centres.numel()):
-            values = iter(self.coefficients([time for rule in rules for time, _ in rule]))
-            for rule in rules:
-                process = MeanProcess(self, rule, list(itertools.islice(values, len(rule))))
-                yield self.at_start if rule == [(self.start, 1.0)] else process
-
-    def coefficients(self, times: Sequence[float]) -> Tensor:
-        """Drift and covariance at the centres, in cells and squares of cells per unit of time, (K, n, d + d^2)."""
-        spacing = self.box.spacing
-        drift, a = self.equation.over(self.box.centres, times)
-        a = a / (spacing[:, None] * spacing) if a.dim() == 4 else a.reshape(*a.shape[:2], -1, 1) * self._per_square
-        return torch.cat([drift / spacing, a.reshape(*a.shape[:2], -1)], 2).detach()
-
-    @cached_property
-    def _per_square(self) -> Tensor:
-        """(d, d)."""
-        return self.box.per_square.diag()
+            return [self.at_start] * len(rules)
+        together = _Together(self, rules)
+        return [
+            self.at_start if rule == [(self.start, 1.0)] else MeanProcess(together, k) for k, rule in enumerate(rules)
+        ]
 
 
-class MeanProcess(Operator):
-    """The generator of the mean chain over a time, or at one; its rates are found when it is to move anything.
+class _Together:
+    """What several mean chains ask for at once, when one of them needs it."""
 
-    Attributes:
-        values: the mean of the coefficients.
-
-    Args:
-        rule: the moments that the mean is made of, and their weights.
-        parts: the coefficients at these, (n, d + d^2); asked for when needed unless given.
-    """
-
-    def __init__(self, rates: RatesInTime, rule: list[tuple[float, float]], parts: list[Tensor] | None = None):
-        self.rates, self._parts = rates, parts
-        self.times, self.weights = zip(*rule, strict=True)
-
-    @cached_property
-    def parts(self) -> Sequence[Tensor]:
-        return self.rates.coefficients(self.times) if self._parts is None else self._parts
+    def __init__(self, rates: RatesInTime, rules: Sequence[Rule]):
+        self.rates, self.rules = rates, rules
 
     @cached_property
     def values(self) -> Tensor:
-        return weighted(self.weights, self.parts)
+        """Drift and covariance at the centres, in cells and squares of cells per unit of time, (P, n, d + d^2)."""
+        box = self.rates.box
+        units = torch.cat([box.spacing, torch.outer(box.spacing, box.spacing).flatten()])
+        return mean_coefficients(self.rates.equation, box.centres, self.rules, full=True) / units
+
+    @cached_property
+    def jumps(self) -> list[Jumps]:
+        return mean_jumps(self.rates.equation, self.rates.box, self.rules)
+
+
+class MeanProcess(Operator):
+    """The generator of a mean chain; its rates are found when it is to move anything."""
+
+    def __init__(self, together: _Together, place: int):
+        self.together, self.place = together, place
+
+    @cached_property
+    def values(self) -> Tensor:
+        return self.together.values[self.place]
 
     @cached_property
     def jumps(self) -> Jumps:
-        rates = self.rates
+        rates = self.together.rates
         if self is rates.at_start:
             return rates.first
-        factors = [rates.at_start.factor(part) for part in self.parts]
-        if None not in factors:
-            return rates.first.scaled(float(np.dot(self.weights, factors)))
-        return mean_jumps(self.weights, [jumps_at(rates.equation, rates.box, time) for time in self.times])
+        factor = rates.at_start.factor(self.values)
+        return self.together.jumps[self.place] if factor is None else rates.first.scaled(factor)
 
     @cached_property
     def process(self) -> JumpProcess:
-        return JumpProcess(self.rates.box, self.jumps, self.rates.ledger)
+        rates = self.together.rates
+        return JumpProcess(rates.box, self.jumps, rates.ledger)
 
     def advance(self, state: Tensor, duration: float) -> Tensor:
         return self.process.advance(state, duration)

@@ -118,7 +118,7 @@ class SampledGalerkinSolver(WeakSolver):
 
     def _means(self, tilt: Tilt, times: list[float]) -> tuple[Means, Sequence[float]]:
         operator = _Matrix(self.matrix)
-        return lambda intervals: [operator] * len(intervals), ()
+        return lambda rules: [operator] * len(rules), ()
 
     def _cut_axes(self, times: list[float]) -> list[int]:
         return []

@@ -84,30 +84,30 @@ def driven(t):
 DRIVEN = FokkerPlanck(lambda x, t: 3 * (4 * t)[:, None].sin() - x, lambda x, t: 1.0)
 
 
-@pytest.mark.filterwarnings("ignore:the grid is too coarse")
-def test_second_order_in_time():
-    grid = GridSolver(DRIVEN, [(-4.0, 4.0)], 40)
+def test_order_in_time():
+    """On fine cells; on others there is a part of second order, far below the error in space."""
+    grid = GridSolver(DRIVEN, [(-4.0, 4.0)], 256)
     start, sizes, errors = problems.gaussian(0.0, 0.5), (4, 8, 16), []
-    exact = grid.solve(start, [0.0, 1.0], steps=64, tolerance=1.0).density[1]
+    exact = grid.solve(start, [0.0, 1.0], steps=128, tolerance=1.0).density[1]
     for steps in sizes:
         result = grid.solve(start, [0.0, 1.0], steps=steps, tolerance=1.0)
         errors.append(float((result.density[1] - exact).abs().sum()) * grid.box.volume)
         assert result.steps == steps and float(result.density.min()) >= 0
-        assert errors[-1] / 2 < result.time_error < 4 * errors[-1]
-    assert [math.log2(a / b) for a, b in itertools.pairwise(errors)] == pytest.approx([2, 2], abs=0.15)
+        assert errors[-1] < result.time_error < 50 * errors[-1]
+    assert [math.log2(a / b) for a, b in itertools.pairwise(errors)] == pytest.approx([4, 4], abs=0.15)
 
 
 def test_error_control_in_time():
     grid = GridSolver(DRIVEN, [(-4.0, 4.0)], 80)
     start = problems.gaussian(0.0, 0.5)
-    fine = grid.solve(start, [0.0, 1.0], tolerance=1e-4)
-    for tolerance in (1e-2, 1e-3):
+    fine = grid.solve(start, [0.0, 1.0], tolerance=1e-9)
+    for tolerance in (1e-5, 1e-7):
         result = grid.solve(start, [0.0, 1.0], tolerance=tolerance)
         error = float((result.density[1] - fine.density[1]).abs().sum()) * grid.box.volume
         assert tolerance / 100 < error < 2 * tolerance and result.time_error < tolerance
         assert result.steps < fine.steps
     mean = float((fine.density[1] * fine.grid[0]).sum()) * grid.box.volume
-    assert mean == pytest.approx(driven(1.0), abs=1e-2)
+    assert mean == pytest.approx(driven(1.0), abs=1e-5)
 
 
 @pytest.mark.parametrize("power", [1, 7])

@@ -5,14 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from time_means import weighted
 
-from diffusion.fokker_planck import FokkerPlanck, GridSolver, evolution, problems
+from diffusion.fokker_planck import FokkerPlanck, GridSolver, problems, stepping
 from diffusion.fokker_planck.asking import at_any_time
-from diffusion.fokker_planck.box import Box, gauss
+from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.jumps import jumps_at, mean_jumps
 from diffusion.fokker_planck.laws import gaussian
 from diffusion.fokker_planck.observables import current, entropy_production
 from diffusion.fokker_planck.rates_in_time import RatesInTime
+from diffusion.fokker_planck.stepping import AHEAD, mixed, moments
 
 
 def forgiving(x, t):
@@ -75,10 +77,10 @@ class Counted:
 
 
 def test_how_often_an_equation_is_asked():
-    """Once for its rates, on lines the noise once more; if it looks at the time, at all moments of a step at once."""
+    """Once for its rates; if it looks at the time, at all moments of a step at once."""
     drift, noise = Counted(lambda x, t: -x), Counted(lambda x, t: x[:, 0] * 0 + 1)
     GridSolver(FokkerPlanck(drift, noise), [(-6.0, 6.0)], 64).solve(gaussian(0.5, 0.5), [0.0, 0.3, 1.0])
-    assert (drift.calls, noise.calls) == (1, 2)
+    assert (drift.calls, noise.calls) == (1, 1)
     problem = problems.variance_preserving(horizon=0.3)
     drift, noise = Counted(problem.equation._drift.function), Counted(problem.equation._diffusion.function)
     found = GridSolver(FokkerPlanck(drift, noise), problem.domain, 64).solve(problem.start, [0.0, 0.3])
@@ -111,24 +113,26 @@ MOVING = {
 def test_rates_at_a_time_and_their_means(name, boundary, monkeypatch):
     drift, noise, once = MOVING[name]
     equation, box = FokkerPlanck(drift, noise), Box([(-3.0, 3.0)], 24, boundary)
-    asked = []
+    rates, asked = RatesInTime(equation, box, 0.0), []
     monkeypatch.setattr(
-        "diffusion.fokker_planck.rates_in_time.jumps_at",
-        lambda *known, **options: asked.append(known) or jumps_at(*known, **options),
+        "diffusion.fokker_planck.rates_in_time.mean_jumps",
+        lambda *known, **options: asked.append(known) or mean_jumps(*known, **options),
     )
-    rates = RatesInTime(equation, box, 0.0)
-    assert asked.pop()[2] == 0.0 and len(asked) == 1  # at no time before
-    asked.clear()
     for time in (0.0, 0.4):
         found, exact = rates.at(time), jumps_at(equation, box, time)
         torch.testing.assert_close(found.rates[(1,)], exact.rates[(1,)], rtol=1e-12, atol=0)
         torch.testing.assert_close(found.lost, exact.lost, rtol=1e-12, atol=0)
         torch.testing.assert_close(found.way, exact.way, rtol=1e-12, atol=0)
     assert bool(asked) != once
-    process = next(iter(rates.means([(0.2, 0.6)]))).process
-    parts = [(weight / 2, jumps_at(equation, box, 0.4 + 0.2 * node)) for node, weight in zip(*gauss(4), strict=True)]
-    mean = sum(weight * part.rates[(1,)] for weight, part in parts)
-    torch.testing.assert_close(process.jumps.rates[(1,)], mean, rtol=1e-12, atol=0)
+    rule = mixed(AHEAD, [moments(0.2, 0.4), moments(0.4, 0.6)])
+    mean = FokkerPlanck.from_covariance(
+        lambda x, t: weighted(lambda time: drift(x, 0 * t + time), rule),
+        lambda x, t: weighted(lambda time: torch.as_tensor(noise(x, 0 * t + time)).square(), rule),
+    )
+    found, exact = rates.means([rule])[0].process.jumps, jumps_at(mean, box, 0.0)
+    torch.testing.assert_close(found.rates[(1,)], exact.rates[(1,)], rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.drives[(1,)], exact.drives[(1,)], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(found.lost, exact.lost, rtol=1e-12, atol=0)
 
 
 def test_coefficients_of_all_kinds_of_noise_agree():
@@ -140,7 +144,7 @@ def test_coefficients_of_all_kinds_of_noise_agree():
         lambda x, t: (1 + t)[:, None, None] * torch.eye(2).to(x),
     ):
         equation = FokkerPlanck(lambda x, t: -x, noise)
-        found.append(RatesInTime(equation, box, 0.0).coefficients([0.5])[0])
+        found.append(RatesInTime(equation, box, 0.0).means([[(0.5, 1.0)]])[0].values)
     drift, square = found[0][:, :2], found[0][:, 2:].reshape(20, 2, 2)
     torch.testing.assert_close(drift, -box.centres / torch.tensor([0.5, 0.8]).double())
     torch.testing.assert_close(square[7], torch.tensor([1.5 / 0.5, 1.5 / 0.8]).double().square().diag())
@@ -160,15 +164,6 @@ def test_flows_are_those_at_their_times():
             known = solver.box, jumps_at(equation, solver.box, time), found.density[k] * solver.box.volume
             torch.testing.assert_close(found.current[k], current(*known), rtol=1e-10, atol=1e-12)
             torch.testing.assert_close(found.entropy_production[k], entropy_production(*known), rtol=1e-9, atol=1e-12)
-
-
-def test_a_mean_swings_as_its_worst_part():
-    box = Box([(-5.0, 5.0)], 32)
-    smooth, swinging = (
-        jumps_at(FokkerPlanck(lambda x, t, size=size: size * (40 * x).cos() - x, 1.0), box, 0.0) for size in (0.0, 5.0)
-    )
-    assert float(smooth.swings.max()) < 1e-12 < 0.1 < float(swinging.swings.max())
-    assert mean_jumps([0.5, 0.5], [smooth, swinging]).swings.equal(swinging.swings)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -214,12 +209,14 @@ def test_noise_may_change_its_shape_in_time():
 
 def test_moments_are_asked_for_in_parts_of_bounded_size(monkeypatch):
     equation, asked = FokkerPlanck(lambda x, t: (4 * t)[:, None].sin() - x, 1.0), []
-    at_once = RatesInTime.coefficients
-    monkeypatch.setattr(RatesInTime, "coefficients", lambda *args: asked.append(len(args[1])) or at_once(*args))
+    at_once = FokkerPlanck.over
+    monkeypatch.setattr(FokkerPlanck, "over", lambda *args: asked.append(len(args[2])) or at_once(*args))
+    monkeypatch.setattr("diffusion.fokker_planck.grid.turning_times", lambda *args: ())
     ends = []
-    for numbers in (evolution.AT_ONCE, 4 * 48 * 2, 1):  # all, two means, one
-        monkeypatch.setattr(evolution, "AT_ONCE", numbers)
+    for numbers, most in ((stepping.AT_ONCE, 24), (48 * 7, 7), (1, 1)):  # 48 centres, and 4 places between each two
+        monkeypatch.setattr(stepping, "AT_ONCE", numbers)
         asked.clear()
         ends.append(GridSolver(equation, [(-6.0, 6.0)], 48).solve(gaussian(0.5, 0.6), [0.0, 1.0], 1e-2).density[1])
-        assert max(asked) == {4 * 48 * 2: 8, 1: 4}.get(numbers, 18)
-    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+        assert max(asked) == most
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(ends[0], ends[2], rtol=1e-12, atol=1e-15)

@@ -1,13 +1,18 @@
 """Means over times, for tests of what changes in time."""
 
-from diffusion.fokker_planck.evolution import moments
+from diffusion.fokker_planck.stepping import moments
+
+
+def weighted(values, rule):
+    """The weighted sum of a function of time."""
+    return sum(weight * values(time) for time, weight in rule)
 
 
 def mean_over(values, start, stop, points=4):
     """The mean of a function of time, by Gauss' rule."""
-    return sum(weight * values(time) for time, weight in moments(start, stop, points))
+    return weighted(values, moments(start, stop, points))
 
 
-def means_of(mean):
-    """Means over several times, by a function of one."""
-    return lambda intervals: [mean(*interval) for interval in intervals]
+def means_of(operator):
+    """Means by several rules, from the operator of one."""
+    return lambda rules: [operator(rule) for rule in rules]
