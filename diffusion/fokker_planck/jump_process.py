@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from diffusion.errors import UserError
 from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.evolution import NEGLIGIBLE, uniformised
-from diffusion.fokker_planck.jumps import Jumps
+from diffusion.fokker_planck.jumps import Array, Jumps, namespace
 from diffusion.fokker_planck.lines import MANY, Line
 
 GROWTH = 1e2  # of the terms of a series, which costs as many digits
@@ -49,30 +50,39 @@ class JumpProcess:
     """
 
     def __init__(self, box: Box, jumps: Jumps, ledger: Ledger | None = None):
-        self.jumps, self.ledger = jumps, ledger or Ledger()
-        n = self.number = box.number
+        self.box, self.jumps, self.ledger, self.number = box, jumps, ledger or Ledger(), box.number
         self.absorbing = "absorbing" in box.boundary
-        self.bands: dict[int, tuple[Tensor, Tensor]] = {}
-        for e, rates in jumps.rates.items():
-            shifts = box.neighbours(e).shifts
-            for shift, mask in shifts:
-                size, moved = abs(shift), rates * mask if len(shifts) > 1 else rates
-                up, down = (moved[:, : n - size] if shift > 0 else moved[:, size:].flip(0)).unbind()
-                if size in self.bands:
-                    up, down = self.bands[size][0] + up, self.bands[size][1] + down
-                self.bands[size] = up, down
-        self.exit = jumps.lost.clone()
-        for size, (up, down) in self.bands.items():
-            self.exit[: n - size].add_(up)
-            self.exit[size:].add_(down)
-        self.rate = float(self.exit.max())
-        if not math.isfinite(self.rate):
-            raise UserError(f"the rates of the grid are not finite: {self.rate}; is the drift bounded on the domain?")
         self._line: Line | None = None
         if box.dim == 1:
             (up, down), drive = (values.cpu().numpy() for of in (jumps.rates, jumps.drives) for values in of.values())
             self._line = Line(up, down, drive, jumps.lost.cpu().numpy() if self.absorbing else None)
+        self.rate = float(-self._line.rates[1].min() if self._line else self.exit.max())
+        if not math.isfinite(self.rate):
+            raise UserError(f"the rates of the grid are not finite: {self.rate}; is the drift bounded on the domain?")
         self._step = math.inf
+
+    @cached_property
+    def bands(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Rates up and down, of each difference of indices."""
+        n, bands = self.number, {}
+        for e, rates in self.jumps.rates.items():
+            shifts = self.box.neighbours(e).shifts
+            for shift, mask in shifts:
+                size, moved = abs(shift), rates * mask if len(shifts) > 1 else rates
+                up, down = (moved[:, : n - size] if shift > 0 else moved[:, size:].flip(0)).unbind()
+                if size in bands:
+                    up, down = bands[size][0] + up, bands[size][1] + down
+                bands[size] = up, down
+        return bands
+
+    @cached_property
+    def exit(self) -> Tensor:
+        """The rate (n,) at which each cell is left."""
+        total = self.jumps.lost.clone()
+        for size, (up, down) in self.bands.items():
+            total[: self.number - size].add_(up)
+            total[size:].add_(down)
+        return total
 
     def apply(self, state: Tensor) -> Tensor:
         """A state."""
@@ -95,7 +105,7 @@ class JumpProcess:
         """
         following = self._on_line(state, duration) if self._line and self.rate > 0 else None
         if following is not None:
-            return self._kept(following, state)
+            return following
         left = duration
         while left > 1e-14 * duration and self.rate > 0:
             step = min(left, self._step)
@@ -118,8 +128,9 @@ class JumpProcess:
             self.ledger.smooth = self._line.smooth(state.cpu().numpy())
         smooth = self.ledger.smooth
         if len(state) <= MANY * state.shape[1]:
-            found = self._line.advance(state.cpu().numpy(), duration, smooth)
-            return None if found is None else torch.from_numpy(found).to(state)
+            states = state.cpu().numpy()
+            found = self._line.advance(states, duration, smooth)
+            return None if found is None else torch.from_numpy(self._kept(found, states)).to(state)
         following = torch.empty_like(state)
         for kind in np.unique(smooth):
             matrix = self._line.matrix(duration, kind)
@@ -127,15 +138,16 @@ class JumpProcess:
                 return None
             rows = torch.from_numpy(smooth == kind).to(state.device)
             following[rows] = state[rows] @ torch.from_numpy(matrix).to(state)
-        return following
+        return self._kept(following, state)
 
-    def _kept(self, following: Tensor, state: Tensor) -> Tensor:
+    def _kept(self, following: Array, state: Array) -> Array:
         """`following` without what is negative, of the mass of `state`; how much that changes is noted."""
-        mass, kept = state.sum(1, keepdim=True), following.clamp_min(0)
-        kept *= mass / kept.sum(1, keepdim=True)
-        self.ledger.put_back += float(((kept - following).abs().sum(1, keepdim=True) / mass).max())
+        xp = namespace(state)
+        mass, kept = state.sum(1), xp.clip(following, 0, None)
+        kept *= (mass / kept.sum(1))[:, None]
+        self.ledger.put_back += float((abs(kept - following).sum(1) / mass).max())
         if self.absorbing:
-            torch.maximum(kept[:, self.number :], state[:, self.number :], out=kept[:, self.number :])
+            kept[:, self.number :] = xp.maximum(kept[:, self.number :], state[:, self.number :])
         return kept
 
     def _series(self, state: Tensor, duration: float) -> tuple[Tensor | None, float]:

@@ -68,7 +68,10 @@ class _Together:
 
 
 class MeanProcess(Operator):
-    """The generator of a mean chain; its rates are found when it is to move anything."""
+    """The generator of a mean chain; its rates are found when it is to move anything.
+
+    They are those at the start times a factor where it is known by its values that there is one.
+    """
 
     def __init__(self, together: _Together, place: int):
         self.together, self.place = together, place
@@ -82,7 +85,8 @@ class MeanProcess(Operator):
         rates = self.together.rates
         if self is rates.at_start:
             return rates.first
-        factor = rates.at_start.factor(self.values)
+        known = vars(self).get("values")
+        factor = None if known is None else rates.at_start.factor(known)
         return self.together.jumps[self.place] if factor is None else rates.first.scaled(factor)
 
     @cached_property

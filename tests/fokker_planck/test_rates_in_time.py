@@ -119,7 +119,9 @@ def test_rates_at_a_time_and_their_means(name, boundary, monkeypatch):
         lambda *known, **options: asked.append(known) or mean_jumps(*known, **options),
     )
     for time in (0.0, 0.4):
-        found, exact = rates.at(time), jumps_at(equation, box, time)
+        (process,) = rates.means([[(time, 1.0)]])
+        assert len(process.values) == 24
+        found, exact = process.jumps, jumps_at(equation, box, time)
         torch.testing.assert_close(found.rates[(1,)], exact.rates[(1,)], rtol=1e-12, atol=0)
         torch.testing.assert_close(found.lost, exact.lost, rtol=1e-12, atol=0)
         torch.testing.assert_close(found.way, exact.way, rtol=1e-12, atol=0)
