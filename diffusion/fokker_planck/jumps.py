@@ -106,14 +106,15 @@ def _jumps(box: Box, lines: "_Axes | _Matrix", number: int) -> list[Jumps]:
     """Of so many rates that the lines give at once."""
     rates, drives = {}, {}
     lost, way, swings = (box.centres.new_zeros(number, *shape, box.number) for shape in ((), (box.dim,), ()))
+    swinging = as_array(swings)  # a view, as all of these
     for e in lines.offsets:
         found = box.neighbours(e)
-        start = found.ends[0]
+        start = as_array(found.ends[0])
         rates[e], drives[e] = box.centres.new_zeros(number, 2, box.number), box.centres.new_zeros(number, box.number)
-        if start.numel():
-            both, drive, swing = map(torch.as_tensor, lines.between(e, found.ends))
-            rates[e][..., start], drives[e][:, start] = both, drive
-            swings[:, start] = torch.maximum(swings[:, start], swing)
+        if len(start):
+            both, drive, swing = map(as_array, lines.between(e, found.ends))
+            as_array(rates[e])[..., start], as_array(drives[e])[:, start] = both, drive
+            swinging[:, start] = namespace(swing).maximum(swinging[:, start], swing)
         for sign in (1, -1) if "absorbing" in box.boundary else ():
             signed = tuple(sign * step for step in e)
             out = box.neighbours(signed)
@@ -139,9 +140,9 @@ def namespace(array: Tensor | np.ndarray):
     return np if isinstance(array, np.ndarray) else torch
 
 
-def as_array(values: Tensor) -> Tensor | np.ndarray:
-    """Of numpy on CPUs, which takes less time for each of many small calls; of torch elsewhere."""
-    return values.numpy() if values.device.type == "cpu" else values
+def as_array(values: Array) -> Array:
+    """The same numbers, of numpy on CPUs, which takes less time for each of many small calls; of torch elsewhere."""
+    return values.numpy() if isinstance(values, Tensor) and values.device.type == "cpu" else values
 
 
 def both_ways(w: Array) -> Array:

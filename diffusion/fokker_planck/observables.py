@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.equation import FokkerPlanck
-from diffusion.fokker_planck.jumps import Jumps
+from diffusion.fokker_planck.jumps import Array, Jumps, as_array, namespace
 
 STEEP = 2.0  # difference of the log density between neighbours at rest, above which a cell is too wide
 STEEP_SHARE = 1e-3  # of the mass, that may be in such cells
@@ -166,13 +166,14 @@ def steepness(box: Box, jumps: Jumps) -> Tensor:
     return steepest
 
 
-def _may_be_coarse(box: Box, e: tuple[int, ...], pair: Tensor, shares: Tensor) -> bool:
+def _may_be_coarse(box: Box, e: tuple[int, ...], pair: Array, mass: Array) -> bool:
     """Whether enough of the mass is where jumps by `e` are much more frequent one way than the other."""
-    steep = (pair > math.exp(STEEP) * pair.flip(0)).any(0)
-    if not bool(steep.any()):
+    factor = math.exp(STEEP)
+    (steep,) = namespace(pair).where((pair[0] > factor * pair[1]) | (pair[1] > factor * pair[0]))
+    if not len(steep):
         return False
-    both = steep.to(shares)
-    return bool((shares @ both + shares[:, box.neighbours(e).target] @ both > STEEP_SHARE).any())
+    target = as_array(box.neighbours(e).target)[steep]
+    return bool((mass[:, steep].sum(1) + mass[:, target].sum(1) > STEEP_SHARE * mass.sum(1)).any())
 
 
 def warn_if_coarse(box: Box, each: list[tuple[Jumps, Tensor]], stacklevel: int) -> None:
@@ -183,13 +184,12 @@ def warn_if_coarse(box: Box, each: list[tuple[Jumps, Tensor]], stacklevel: int) 
     """
     factors, worst, swinging = [1.0] * box.dim, 0.0, 0.0
     for jumps, mass in each:
-        swings = jumps.swings > SWING
-        if bool(swings.any()):
-            share = mass @ swings.to(mass) / mass.sum(1).clamp_min(SMALLEST)
+        if float(as_array(jumps.swings).max()) > SWING:
+            share = mass @ (jumps.swings > SWING).to(mass) / mass.sum(1).clamp_min(SMALLEST)
             swinging = max(swinging, float(share.max()))
-        shares = mass / mass.sum(1, keepdim=True).clamp_min(SMALLEST)
-        if not any(_may_be_coarse(box, e, pair, shares) for e, pair in jumps.rates.items()):
+        if not any(_may_be_coarse(box, e, as_array(pair), as_array(mass)) for e, pair in jumps.rates.items()):
             continue
+        shares = mass / mass.sum(1, keepdim=True).clamp_min(SMALLEST)
         steep = steepness(box, jumps)
         for axis, change in enumerate(steep):
             beyond = (shares @ (change > STEEP).to(shares)).max()
