@@ -49,10 +49,12 @@ class Study:
         exact: the density there, of numpy coordinates.
         galerkin: () -> a solver with its bases.
         sizes: cells along each coordinate; every other one for scipy, too.
+        tolerances: of the grid in time.
     """
 
-    def __init__(self, problem: Problem, case: peers.Case, exact, galerkin, sizes):
+    def __init__(self, problem: Problem, case: peers.Case, exact, galerkin, sizes, tolerances=(1e-6,)):
         self.problem, self.case, self.exact, self.galerkin, self.sizes = problem, case, exact, galerkin, sizes
+        self.tolerances = tolerances
 
 
 def of_law(law):
@@ -108,6 +110,25 @@ def variance_preserving() -> Study:
     )
 
 
+def pushed() -> Study:
+    """dx = (3 sin(4 t) - x) dt + dw: drifts at two times do not commute, and the exact law is a Gaussian."""
+    mean, std = 3 * (math.sin(4.0) - 4 * math.cos(4.0) + 4 * math.exp(-1)) / 17, math.sqrt(0.5 - 0.25 * math.exp(-2))
+    equation = FokkerPlanck(lambda x, t: 3 * (4 * t)[:, None].sin() - x, lambda x, t: 1.0)
+    problem = Problem(equation, problems.gaussian(0.0, 0.5), ((-6.0, 6.0),), 1.0)
+    text = ["3 * sin(4 * t) - x"], "0.5"
+    case = peers.Case(
+        problem.domain, 1.0, normal(0.0, 0.5), None, lambda t, x: [3 * math.sin(4 * t) - x], lambda t: SPREAD, text
+    )
+    return Study(
+        problem,
+        case,
+        normal(mean, std),
+        lambda: GalerkinSolver(problem.equation, [Fourier(81, -6.0, 6.0)]),
+        LINES,
+        (1e-3, 1e-6, 1e-8),
+    )
+
+
 def double_well_2d() -> Study:
     problem = problems.double_well(2)
     first = peers.double_well_exact(1.0, normal(-1.0, 0.3), SPREAD)
@@ -135,6 +156,7 @@ STUDIES = {
     "ornstein_uhlenbeck, d = 1": ornstein_uhlenbeck,
     "double_well, d = 1": double_well,
     "variance_preserving, d = 1": variance_preserving,
+    "pushed, d = 1": pushed,
     "double_well, d = 2": double_well_2d,
 }
 
@@ -145,9 +167,9 @@ def methods(study: Study, with_peers: bool) -> dict[str, Callable[[], tuple[peer
     times = [0.0, problem.horizon]
     found: dict[str, Callable] = {}
 
-    def grid(cells: int):
+    def grid(cells: int, tolerance: float):
         equation = FokkerPlanck(problem.equation._drift.function, problem.equation._diffusion.function)
-        solution = GridSolver(equation, problem.domain, cells).solve(problem.start, times)
+        solution = GridSolver(equation, problem.domain, cells).solve(problem.start, times, tolerance)
         axes = [axis.numpy() for axis in solution.grid]
         return peers.Result(axes, solution.density[-1].numpy()), lambda: {
             "mass_error": float(solution.mass_error.max()),
@@ -164,7 +186,9 @@ def methods(study: Study, with_peers: bool) -> dict[str, Callable[[], tuple[peer
         }
 
     for k, cells in enumerate(study.sizes):
-        found[f"grid, n = {cells}"] = lambda cells=cells: grid(cells)
+        for tolerance in study.tolerances:
+            suffix = f", to {tolerance:.0e}" if len(study.tolerances) > 1 else ""
+            found[f"grid, n = {cells}{suffix}"] = lambda cells=cells, tolerance=tolerance: grid(cells, tolerance)
         if k % 2 == 0:
             continue
         for steps in (cells // 8, cells // 4, cells // 2):
@@ -242,7 +266,7 @@ def orders() -> dict[str, Any]:
     x = torch.linspace(-4.0, 4.0, 401, dtype=torch.float64)[:, None]
 
     def by_grid(steps: int) -> torch.Tensor:
-        solver = GridSolver(swinging, [(-6.0, 6.0)], 128)
+        solver = GridSolver(swinging, [(-6.0, 6.0)], 256)
         return solver.solve(problems.gaussian(0.5, 0.7), [0.0, 1.0], steps=steps, tolerance=1.0).density[-1]
 
     def by_galerkin(steps: int) -> torch.Tensor:
@@ -250,7 +274,7 @@ def orders() -> dict[str, Any]:
         return solver.solve(problems.gaussian(0.5, 0.7), [0.0, 1.0], steps=steps, tolerance=1.0).density(x)
 
     for kind, end in (("grid", by_grid), ("galerkin", by_galerkin)):
-        sizes, fine = [16, 32, 64], end(512)
+        sizes, fine = [8, 16, 32], end(256)
         errors = [float((end(steps) - fine).abs().mean()) for steps in sizes]
         found[f"{kind} in time"] = {"sizes": sizes, "errors": errors, "orders": peers.convergence(errors, sizes)}
     for name in ("ornstein_uhlenbeck, d = 1", "double_well, d = 1", "variance_preserving, d = 1"):
@@ -279,8 +303,8 @@ def orders() -> dict[str, Any]:
 
 def picture(report: dict[str, Any], path: Path) -> None:
     """Error against CPU time for each problem, and against the number of unknowns."""
-    figure = Figure(figsize=(18, 7), layout="constrained")
-    axes = figure.subplots(2, 4)
+    figure = Figure(figsize=(4.5 * len(STUDIES), 7), layout="constrained")
+    axes = figure.subplots(2, len(STUDIES))
     colours = {"grid": "C0", "galerkin": "C3", "scipy": "C7", "fplanck": "C2", "py-pde": "C1"}
     for place, name in zip(axes[0], STUDIES, strict=True):
         for kind, colour in colours.items():

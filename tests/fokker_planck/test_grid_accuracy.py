@@ -105,7 +105,7 @@ def test_error_control_in_time():
         result = grid.solve(start, [0.0, 1.0], tolerance=tolerance)
         error = float((result.density[1] - fine.density[1]).abs().sum()) * grid.box.volume
         assert tolerance / 100 < error < 2 * tolerance and result.time_error < tolerance
-        assert result.steps < fine.steps
+        assert result.steps < min(fine.steps, 40)
     mean = float((fine.density[1] * fine.grid[0]).sum()) * grid.box.volume
     assert mean == pytest.approx(driven(1.0), abs=1e-5)
 
