@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.equation import FokkerPlanck
-from diffusion.fokker_planck.jumps import Array, Jumps, as_array, namespace
+from diffusion.fokker_planck.jumps import Jumps, as_array, namespace
 
 STEEP = 2.0  # difference of the log density between neighbours at rest, above which a cell is too wide
 STEEP_SHARE = 1e-3  # of the mass, that may be in such cells
@@ -166,14 +166,19 @@ def steepness(box: Box, jumps: Jumps) -> Tensor:
     return steepest
 
 
-def _may_be_coarse(box: Box, e: tuple[int, ...], pair: Array, mass: Array) -> bool:
-    """Whether enough of the mass is where jumps by `e` are much more frequent one way than the other."""
-    factor = math.exp(STEEP)
-    (steep,) = namespace(pair).where((pair[0] > factor * pair[1]) | (pair[1] > factor * pair[0]))
-    if not len(steep):
-        return False
-    target = as_array(box.neighbours(e).target)[steep]
-    return bool((mass[:, steep].sum(1) + mass[:, target].sum(1) > STEEP_SHARE * mass.sum(1)).any())
+def steep_share(box: Box, jumps: Jumps, mass: Tensor) -> float:
+    """The share, or more, of the masses (B, n) where jumps are much more frequent one way than the other: the most."""
+    factor, most, mass = math.exp(STEEP), 0.0, as_array(mass)
+    for e, pair in jumps.rates.items():
+        pair = as_array(pair)
+        (steep,) = namespace(pair).where((pair[0] > factor * pair[1]) | (pair[1] > factor * pair[0]))
+        if len(steep):
+            target = as_array(box.neighbours(e).target)[steep]
+            shares = (mass[:, steep].sum(1) + mass[:, target].sum(1)) / namespace(mass).clip(
+                mass.sum(1), SMALLEST, None
+            )
+            most = max(most, float(shares.max()))
+    return most
 
 
 def warn_if_coarse(box: Box, each: list[tuple[Jumps, Tensor]], stacklevel: int) -> None:
@@ -187,7 +192,7 @@ def warn_if_coarse(box: Box, each: list[tuple[Jumps, Tensor]], stacklevel: int) 
         if float(as_array(jumps.swings).max()) > SWING:
             share = mass @ (jumps.swings > SWING).to(mass) / mass.sum(1).clamp_min(SMALLEST)
             swinging = max(swinging, float(share.max()))
-        if not any(_may_be_coarse(box, e, as_array(pair), as_array(mass)) for e, pair in jumps.rates.items()):
+        if not steep_share(box, jumps, mass) > STEEP_SHARE:
             continue
         shares = mass / mass.sum(1, keepdim=True).clamp_min(SMALLEST)
         steep = steepness(box, jumps)

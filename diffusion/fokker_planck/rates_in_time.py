@@ -14,6 +14,7 @@ from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.equation import FokkerPlanck
 from diffusion.fokker_planck.jump_process import JumpProcess, Ledger
 from diffusion.fokker_planck.jumps import Jumps, jumps_at, mean_coefficients, mean_jumps
+from diffusion.fokker_planck.observables import steep_share
 from diffusion.fokker_planck.stepping import Operator, Rule
 
 
@@ -27,6 +28,8 @@ class RatesInTime:
     Attributes:
         changing: whether the equation looks at the time; if not, it is never asked again.
         first: the rates at the start.
+        steepest: of an equation that changes, the mean rates of a step, and the masses (B, n) that jumped at them, of
+            which the largest share was where cells may be too wide; none if there was no such share.
     """
 
     def __init__(self, equation: FokkerPlanck, box: Box, start: float, ledger: Ledger | None = None):
@@ -35,9 +38,17 @@ class RatesInTime:
         self.changing = always is None
         self.first = always or jumps_at(equation, box, start, stacklevel=3)
         self.at_start = MeanProcess(_Together(self, [[(start, 1.0)]]), 0)
+        self.steepest: list[tuple[Jumps, Tensor]] = []
+        self._share = 0.0
 
     def at(self, time: float) -> Jumps:
         return self.means([[(time, 1.0)]])[0].jumps
+
+    def look_at(self, jumps: Jumps, mass: Tensor) -> None:
+        """Keep these for `steepest` if they are."""
+        share = steep_share(self.box, jumps, mass)
+        if share > self._share:
+            self._share, self.steepest = share, [(jumps, mass)]
 
     def means(self, rules: Sequence[Rule]) -> list["MeanProcess"]:
         """The generators of the chains of mean drift and covariance, by each of the rules."""
@@ -95,4 +106,7 @@ class MeanProcess(Operator):
         return JumpProcess(rates.box, self.jumps, rates.ledger)
 
     def advance(self, state: Tensor, duration: float) -> Tensor:
+        rates = self.together.rates
+        if rates.changing:
+            rates.look_at(self.jumps, state[:, : rates.box.number])
         return self.process.advance(state, duration)

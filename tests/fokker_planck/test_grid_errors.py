@@ -228,3 +228,18 @@ def test_full_noise_that_vanishes_has_at_most_all_of_itself_added():
     equation = FokkerPlanck(lambda x, t: -x, lambda x, t: x[:, :1].clamp_min(0)[:, :, None] * root)
     with pytest.warns(UserWarning, match=r"up to 1 of its largest eigenvalue"):
         GridSolver(equation, ((-4, 4), (-4, 4)), 16).solve(problems.gaussian([0.5, 0.0], 0.6), [0.0, 0.01])
+
+
+@pytest.mark.parametrize("height", [8.0, 100.0])
+def test_cells_too_wide_for_a_push_between_the_times_are_named(height):
+    """A push of 100 at t=0.4 spreads the density over cells of 1/16; at 0 and 1 there is none."""
+    equation = FokkerPlanck(lambda x, t: height * (-((t - 0.4) / 0.01).square()).exp()[:, None] - x, 1.0)
+    grid = GridSolver(equation, [(-8.0, 8.0)], 256)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = grid.solve(problems.gaussian(0.0, 0.7), [0.0, 1.0], tolerance=1e-3)
+    shift = height * 0.01 * math.sqrt(math.pi) * math.exp(-0.6)
+    exact = problems.gaussian(shift, math.sqrt(0.5 - 0.01 * math.exp(-2.0))).log_prob(grid.box.centres).exp()
+    error = float((found.density[1] - exact).abs().sum()) * grid.box.volume
+    said = any("too coarse for the drift" in str(warning.message) for warning in caught)
+    assert said == (height > 50) and (error > 1e-2) == said
