@@ -2,8 +2,9 @@
 
 A step is a product of exponentials of weighted means of A over parts of it: Magnus' series (Magnus 1954; Blanes et al.
 2009, arXiv 0810.5488) without its commutators, of order 4, see `stepping`. It is exact, in one step of any length,
-where A does not change in time or changes by a factor only; and where A generates a Markov chain so do its means, so
-that the step keeps the mass and no density becomes negative.
+where A does not change in time or changes by a factor only; and where A generates a Markov chain so do the sums that a
+step is made of (see `jumps` for noise that would be negative), so that it keeps the mass and no density becomes
+negative.
 """
 
 import itertools

@@ -215,12 +215,12 @@ class _Matrix:
     """A full matrix, split into lines by Selling's decomposition; for one rule."""
 
     def __init__(self, equation: FokkerPlanck, box: Box, rule: Rule, stacklevel: int):
-        self.equation, self.box, self.moments = equation, box, rule
+        self.equation, self.box, self.rule = equation, box, rule
         drift, a = self._asked(box.centres)
         self.constant = bool((a == a[:1]).all())
         a = a[:1] if self.constant else a
         floored, share = self._floored(a, drift[: len(a)] / box.spacing)
-        if share > 1e-12:
+        if share > 1e-12 and all(weight > 0 for _, weight in rule):  # others are not the noise of the equation
             warnings.warn(
                 f"the noise is nearly confined to a line or plane, up to {share:.2g} of its largest eigenvalue was "
                 "added in the other directions; more equal cells, or coordinates along the noise, would need less",
@@ -253,7 +253,7 @@ class _Matrix:
     def _asked(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Drift (m, d) and covariance (m, d, d)."""
         dim = self.box.dim
-        (found,) = mean_coefficients(self.equation, x, [self.moments], full=True)
+        (found,) = mean_coefficients(self.equation, x, [self.rule], full=True)
         return found[:, :dim], found[:, dim:].reshape(-1, dim, dim)
 
     def _rho(self, e: Offset, cells: Tensor) -> Tensor:
@@ -268,8 +268,8 @@ class _Matrix:
         if self.constant:
             inverse = self.inverse.expand(len(x), -1, -1)
         else:
-            for time, weight in self.moments:
-                flow = flow - weight / 2 * self.equation.covariance_divergence(x, time)
+            for time, weight in self.rule:
+                flow = flow - weight / 2 * self.equation.covariance_divergence(x, time).detach()
             inverse = torch.linalg.inv(self._floored(a, flow / self.box.spacing)[0])
         slope = (act(inverse, flow / self.box.spacing) * vector).sum(1).reshape(-1, POINTS)
         return ((slope * step) @ weights).clamp(-STEEPEST, STEEPEST), _swing(slope * step)

@@ -7,9 +7,10 @@ through the quarters foretells the ends: then it is of order 4, by two exponenti
 
     exp(h/2 (7 R - L) / 6) exp(h/2 (7 L - R) / 6),    L and R the means of A over the first half and the second,
 
-in which A, a generator of jumps, stays one unless it changes by a factor of 7 from half to half; two steps of half the
-length are compared with the whole one. Elsewhere (a jump, or swings that the quarters do not resolve) it is of order
-2, by exponentials of means, and the error is what the operators at the ends or of the uneven part would change.
+in which noise stays positive unless it changes by a factor of 7 from half to half (it is then cut off at next to
+nothing, which the estimate sees, and the step is made shorter); two steps of half the length are compared with the
+whole one. Elsewhere (a jump, or swings that the quarters do not resolve) it is of order 2, by exponentials of means,
+and the error is what the operators at the ends or of the uneven part would change.
 """
 
 import itertools

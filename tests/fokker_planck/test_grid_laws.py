@@ -1,6 +1,7 @@
 """What every run of the grid solver keeps: the mass, the sign, the stationary state."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -196,3 +197,26 @@ def test_networks_with_parameters(dim, boundary):
     assert not found[0].requires_grad and torch.equal(*found)
     again = grid.solve(found[1][0].requires_grad_(), [0.0, 0.5]).density
     torch.testing.assert_close(again, found[1].detach(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("boundary", ["reflecting", "absorbing"])
+def test_a_full_matrix_with_parameters_that_depends_on_the_place(boundary):
+    eye = torch.eye(2, dtype=torch.float64)
+    found = []
+    for size in (torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64)), 0.3):
+        equation = FokkerPlanck(
+            lambda x, t: -x, lambda x, t, c=size: eye + (c * (1 + 0.2 * x[:, 0].sin()))[:, None, None] * eye.flip(0)
+        )
+        found.append(GridSolver(equation, [(-4.0, 4.0)] * 2, 24, boundary).solve(gaussian(0.0, 0.5, 2), [0.0, 0.1]))
+    assert torch.equal(found[0].density, found[1].density)
+
+
+def test_noise_that_grows_from_nothing_is_not_called_thin():
+    """The matrix is far from singular at all times; what steps are made of may not be."""
+    matrix = torch.tensor([[1.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
+    equation = FokkerPlanck(lambda x, t: t[:, None] - x, lambda x, t: (0.02 + t**3)[:, None, None] * matrix)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = GridSolver(equation, [(-4.0, 4.0)] * 2, 20).solve(gaussian(0.0, 0.7, 2), [0.0, 1.0], tolerance=1e-3)
+    assert not any("nearly confined" in str(warning.message) for warning in caught)
+    assert float(found.density.min()) >= 0 and float(found.mass_error.max()) < 1e-12
