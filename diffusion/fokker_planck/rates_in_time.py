@@ -84,6 +84,8 @@ class MeanProcess(Operator):
     They are those at the start times a factor where it is known by its values that there is one.
     """
 
+    left = 1 / 3  # rates are not linear in drift and noise
+
     def __init__(self, together: _Together, place: int):
         self.together, self.place = together, place
 

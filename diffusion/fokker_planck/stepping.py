@@ -39,9 +39,12 @@ class Operator(ABC):
 
     Attributes:
         values: the numbers that it is made of; operators of one equation at several times have them in the same order.
+        left: share of the difference between a step and its two halves that is the error of these: 1/15 at order 4, for
+            operators that are linear in their values; 1/3 where a part of order 2 may be larger.
     """
 
     values: Tensor
+    left: float = 1 / 15
 
     @abstractmethod
     def advance(self, state: Tensor, duration: float) -> Tensor:
@@ -140,7 +143,7 @@ def step(means: Means, state: Tensor, t: float, h: float, norm: Callable[[Tensor
             coarse = operator.advance(coarse, h / 2)
         for operator in exponents[2:]:
             fine = operator.advance(fine, h / 4)
-        return Step(fine, norm(fine - coarse) / 15, True)
+        return Step(fine, norm(fine - coarse) * whole.left, True)
     coarse = whole.advance(state, h)
     for operator in means(halves):
         fine = operator.advance(fine, h / 2)

@@ -93,7 +93,7 @@ def test_order_in_time():
         result = grid.solve(start, [0.0, 1.0], steps=steps, tolerance=1.0)
         errors.append(float((result.density[1] - exact).abs().sum()) * grid.box.volume)
         assert result.steps == steps and float(result.density.min()) >= 0
-        assert errors[-1] < result.time_error < 50 * errors[-1]
+        assert errors[-1] < result.time_error < 250 * errors[-1]
     assert [math.log2(a / b) for a, b in itertools.pairwise(errors)] == pytest.approx([4, 4], abs=0.15)
 
 
@@ -104,10 +104,26 @@ def test_error_control_in_time():
     for tolerance in (1e-5, 1e-7):
         result = grid.solve(start, [0.0, 1.0], tolerance=tolerance)
         error = float((result.density[1] - fine.density[1]).abs().sum()) * grid.box.volume
-        assert tolerance / 100 < error < 2 * tolerance and result.time_error < tolerance
+        assert tolerance / 1000 < error < tolerance and result.time_error < tolerance
         assert result.steps < min(fine.steps, 40)
     mean = float((fine.density[1] * fine.grid[0]).sum()) * grid.box.volume
     assert mean == pytest.approx(driven(1.0), abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:the grid is too coarse")
+@pytest.mark.parametrize("dim", [1, 2])
+def test_the_error_of_steps_is_honest_on_coarse_cells(dim):
+    """There the part of second order in time is the larger one."""
+    if dim == 1:
+        equation = FokkerPlanck(lambda x, t: 3 * (7 * t)[:, None].sin() + x.cos() + 1, 1.0)
+        grid, start = GridSolver(equation, [(0.0, math.tau)], 64, "periodic"), problems.gaussian(3.0, 0.4)
+    else:
+        equation = FokkerPlanck(lambda x, t: 3 * (3 * t)[:, None].sin() - x, 0.8)
+        grid, start = GridSolver(equation, [(-4.0, 4.0)] * 2, 20), problems.gaussian(0.0, 0.6, 2)
+    start = grid.density(start)
+    fine = grid.solve(start, [0.0, 1.0], tolerance=2e-6 if dim == 2 else 3e-7).density[1]
+    found = grid.solve(start, [0.0, 1.0], tolerance=1e-4 if dim == 2 else 1e-5)
+    assert float((found.density[1] - fine).abs().sum()) * grid.box.volume < 1.1 * found.time_error
 
 
 @pytest.mark.parametrize("power", [1, 7])
