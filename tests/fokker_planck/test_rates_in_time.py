@@ -137,6 +137,51 @@ def test_rates_at_a_time_and_their_means(name, boundary, monkeypatch):
     torch.testing.assert_close(found.lost, exact.lost, rtol=1e-12, atol=0)
 
 
+def turning(x, t):
+    """A full matrix whose shape depends on place and time, by different functions."""
+    c = 0.3 * (1 + t) * (x[:, 0] + 2 * t * x[:, 1]).sin()
+    return torch.stack([1 + t, c, c, 1.2 + 0.1 * (x[:, 1] * t).cos()], 1).reshape(-1, 2, 2)
+
+
+NOISES = {
+    "line": (1, lambda x, t: (1 + t * x[:, 0].cos()) ** 2),
+    "axes": (2, lambda x, t: torch.stack([1 + t, 2 + t * x[:, 0].sin()], 1)),
+    "matrix": (2, turning),
+}
+
+
+@pytest.mark.parametrize("boundary", ["reflecting", "absorbing"])
+@pytest.mark.parametrize("name", NOISES)
+def test_means_found_together_are_those_of_the_mean_equations(name, boundary):
+    dim, a = NOISES[name]
+    box = Box([(-2.0, 2.0)] * dim, 8, boundary)
+
+    def drift(x, t):
+        return (1 + t**2)[:, None] * (x + t[:, None]).cos()
+
+    rules = [mixed(AHEAD, [moments(0.1, 0.2), moments(0.2, 0.3)]), moments(0.2, 0.9), [(0.6, 1.0)]]
+    found = mean_jumps(FokkerPlanck.from_covariance(drift, a), box, rules)
+    for rule, jumps in zip(rules, found, strict=True):
+        mean = FokkerPlanck.from_covariance(
+            lambda x, t, rule=rule: weighted(lambda time: drift(x, 0 * t + time), rule),
+            lambda x, t, rule=rule: weighted(lambda time: a(x, 0 * t + time), rule),
+        )
+        exact = jumps_at(mean, box, 0.0)
+        assert jumps.rates.keys() == exact.rates.keys()
+        for e, rates in exact.rates.items():
+            torch.testing.assert_close(jumps.rates[e], rates, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(jumps.lost, exact.lost, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(jumps.way, exact.way, rtol=1e-10, atol=1e-13)
+
+
+def test_swings_along_any_axis_are_kept():
+    box = Box([(-3.0, 3.0)] * 2, 16)
+    for axis in (0, 1):
+        swinging = torch.eye(2, dtype=torch.float64)[axis]
+        equation = FokkerPlanck(lambda x, t, one=swinging: 5 * one * (40 * x).cos() - x, 1.0)
+        assert float((jumps_at(equation, box, 0.0).swings > 0.1).double().mean()) > 0.5
+
+
 def test_coefficients_of_all_kinds_of_noise_agree():
     box = Box([(-1.0, 1.0), (0.0, 4.0)], (4, 5))
     found = []
