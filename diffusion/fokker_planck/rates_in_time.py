@@ -15,7 +15,7 @@ from diffusion.fokker_planck.equation import FokkerPlanck
 from diffusion.fokker_planck.jump_process import JumpProcess, Ledger
 from diffusion.fokker_planck.jumps import Jumps, jumps_at, mean_coefficients, mean_jumps
 from diffusion.fokker_planck.observables import steep_share
-from diffusion.fokker_planck.stepping import Operator, Rule
+from diffusion.fokker_planck.stepping import ROUNDING, Operator, Rule
 
 
 class RatesInTime:
@@ -92,6 +92,16 @@ class MeanProcess(Operator):
     @cached_property
     def values(self) -> Tensor:
         return self.together.values[self.place]
+
+    def possible(self, values: Tensor) -> bool:
+        """Whether the covariance is positive semi-definite everywhere."""
+        dim = self.together.rates.box.dim
+        a = values[:, dim:].reshape(-1, dim, dim)
+        least = -ROUNDING * float(a.abs().max())
+        if bool((a.diagonal(dim1=1, dim2=2) < least).any()):
+            return False
+        full = dim > 1 and bool((a != torch.diag_embed(a.diagonal(dim1=1, dim2=2))).any())
+        return not full or bool((torch.linalg.eigvalsh(a) >= least).all())
 
     @cached_property
     def jumps(self) -> Jumps:

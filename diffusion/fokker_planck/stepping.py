@@ -7,10 +7,9 @@ through the quarters foretells the ends: then it is of order 4, by two exponenti
 
     exp(h/2 (7 R - L) / 6) exp(h/2 (7 L - R) / 6),    L and R the means of A over the first half and the second,
 
-in which noise stays positive unless it changes by a factor of 7 from half to half (it is then cut off at next to
-nothing, which the estimate sees, and the step is made shorter); two steps of half the length are compared with the
-whole one. Elsewhere (a jump, or swings that the quarters do not resolve) it is of order 2, by exponentials of means,
-and the error is what the operators at the ends or of the uneven part would change.
+which are possible unless noise changes by a factor of 7 from half to half; two steps of half the length are compared
+with the whole one. Where they are not it is of order 2, by exponentials of means; so it is elsewhere (a jump, or swings
+that the quarters do not resolve), and the error is what the operators at the ends or of the uneven part would change.
 """
 
 import itertools
@@ -49,6 +48,10 @@ class Operator(ABC):
     @abstractmethod
     def advance(self, state: Tensor, duration: float) -> Tensor:
         """exp(duration A) state."""
+
+    def possible(self, values: Tensor) -> bool:
+        """Whether there is an operator of other values, of which the exponential is to be taken."""
+        return True
 
     def factor(self, values: Tensor) -> float | None:
         """Of this operator, that the one of other values is, where there is one and it is not negative."""
@@ -136,7 +139,8 @@ def step(means: Means, state: Tensor, t: float, h: float, norm: Callable[[Tensor
         return Step(whole.advance(state, factor * h), 0.0, True)
     halves, coarse, fine = [mean(0, 1 / 2), mean(1 / 2, 1)], state, state  # at other moments than the quarters
     parts, odd = others[:4], others[4:]
-    if _smooth(parts, *odd):
+    smooth = _smooth(parts, *odd)
+    if smooth and _possible(whole, [part.values for part in parts]):
         pairs = [halves, quarters[:2], quarters[2:]]
         exponents = means([mixed(AHEAD, pair) for first in pairs for pair in (first, first[::-1])])
         for operator in exponents[:2]:
@@ -147,8 +151,18 @@ def step(means: Means, state: Tensor, t: float, h: float, norm: Callable[[Tensor
     coarse = whole.advance(state, h)
     for operator in means(halves):
         fine = operator.advance(fine, h / 2)
-    errors = [norm(operator.advance(state, h) - coarse) for operator in odd]
-    return Step(fine, max(norm(fine - coarse) / 3, *errors), False)
+    errors = [] if smooth else [norm(operator.advance(state, h) - coarse) for operator in odd]
+    return Step(fine, max([norm(fine - coarse) / 3, *errors]), smooth)
+
+
+def _possible(whole: Operator, quarters: list[Tensor]) -> bool:
+    """Whether all exponents are, from the values of the mean operators of the quarters."""
+    first, second, third, last = quarters
+    for one, other in (((first + second) / 2, (third + last) / 2), (first, second), (third, last)):
+        for pair in ((one, other), (other, one)):
+            if not whole.possible(AHEAD[0] * pair[0] + AHEAD[1] * pair[1]):
+                return False
+    return True
 
 
 def _factor(means: Means, whole: Operator, some: list[Operator], t: float, h: float) -> float | None:

@@ -124,6 +124,30 @@ def test_order():
     assert fine < runs[1].error < 20 * fine
 
 
+class Positive(Matrix):
+    """Of a growth that is not to be negative."""
+
+    def possible(self, values: Tensor) -> bool:
+        return float(values[0, 0]) >= 0
+
+
+@pytest.mark.parametrize(("begin", "exponentials"), [(0.0, 3), (1.0, 6)])
+def test_operators_that_are_not_possible_are_never_made(begin, exponentials, monkeypatch):
+    """A growth like t^3 from 0 is 15 times as large in the second half: (7 L - R) / 6 is negative."""
+
+    def values(t: float) -> Tensor:
+        return torch.tensor([[t**3, math.sin(3 * t)], [0.0, 0.0]], dtype=torch.float64)
+
+    advance, made = Matrix.advance, []
+    monkeypatch.setattr(Positive, "advance", lambda self, *args: made.append(self.values) or advance(self, *args))
+    means = means_of(lambda rule: Positive(weighted(values, rule)))
+    one = evolve(means, START, [begin, begin + 1.0], size, 1.0, steps=1)
+    assert len(made) == exponentials  # of order 2, or of order 4
+    many = evolve(means, START, [begin, begin + 1.0], size, 1.0, steps=128)
+    assert min(float(found[0, 0]) for found in made) >= 0
+    assert size(one.states[-1] - many.states[-1]) < 3 * one.error
+
+
 def test_cost_follows_the_order():
     """Of order 4, error per time: steps grow by 10 with 1e4 of the tolerance; each has at most six exponentials."""
     numbers = []

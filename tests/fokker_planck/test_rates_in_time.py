@@ -174,6 +174,30 @@ def test_means_found_together_are_those_of_the_mean_equations(name, boundary):
         torch.testing.assert_close(jumps.way, exact.way, rtol=1e-10, atol=1e-13)
 
 
+def test_which_covariances_are_possible():
+    for dim, wrong, right in (
+        (1, [[-0.1]], [[0.0]]),
+        (2, [[1.0, 0.0], [0.0, -0.1]], [[1.0, 0.0], [0.0, 0.0]]),
+        (2, [[1.0, 1.1], [1.1, 1.0]], [[1.0, 1.0], [1.0, 1.0]]),
+    ):
+        box = Box([(-1.0, 1.0)] * dim, 4)
+        process = RatesInTime(FokkerPlanck(lambda x, t: -x, 1.0), box, 0.0).at_start
+        for matrix, possible in ((wrong, False), (right, True)):
+            values = torch.eye(dim, dtype=torch.float64).repeat(box.number, 1, 1)
+            values[-1] = torch.tensor(matrix, dtype=torch.float64)  # in one place only
+            assert process.possible(torch.cat([box.centres, values.flatten(1)], 1)) == possible
+
+
+@pytest.mark.filterwarnings("ignore:the grid is too coarse")
+def test_a_full_matrix_that_grows_from_nothing_takes_few_steps():
+    matrix = torch.tensor([[1.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
+    equation = FokkerPlanck(lambda x, t: t[:, None] - x, lambda x, t: (t**3)[:, None, None] * matrix)
+    grid = GridSolver(equation, [(-4.0, 4.0)] * 2, 16)
+    found, fine = (grid.solve(gaussian(0.0, 0.7, 2), [0.0, 1.0], tolerance) for tolerance in (3e-3, 1e-4))
+    assert found.steps < 50 and found.time_error < 3e-3
+    assert float((found.density[1] - fine.density[1]).abs().sum()) * grid.box.volume < 3e-3
+
+
 def test_swings_along_any_axis_are_kept():
     box = Box([(-3.0, 3.0)] * 2, 16)
     for axis in (0, 1):
