@@ -131,12 +131,12 @@ class Positive(Matrix):
         return float(values[0, 0]) >= 0
 
 
-@pytest.mark.parametrize(("begin", "exponentials"), [(0.0, 3), (1.0, 6)])
+@pytest.mark.parametrize(("begin", "exponentials"), [(0.0, 3), (-1.0, 3), (1.0, 6)])
 def test_operators_that_are_not_possible_are_never_made(begin, exponentials, monkeypatch):
-    """A growth like t^3 from 0 is 15 times as large in the second half: (7 L - R) / 6 is negative."""
+    """A growth like t^3 from 0 is 15 times as large in the second half: (7 L - R) / 6 is negative; or in the first."""
 
     def values(t: float) -> Tensor:
-        return torch.tensor([[t**3, math.sin(3 * t)], [0.0, 0.0]], dtype=torch.float64)
+        return torch.tensor([[abs(t) ** 3, math.sin(3 * t)], [0.0, 0.0]], dtype=torch.float64)
 
     advance, made = Matrix.advance, []
     monkeypatch.setattr(Positive, "advance", lambda self, *args: made.append(self.values) or advance(self, *args))
