@@ -179,7 +179,7 @@ class GridSolver:
             )
         cells = states[:, :, : box.number]
         jumps = [rates.at(t) for t in (times if rates.changing else times[:1])]
-        warn_if_coarse(box, pairs(jumps, cells) + rates.steepest, stacklevel=2)
+        warn_if_coarse(box, [*pairs(jumps, cells), *rates.coarsest.values()], stacklevel=2)
         if any(sum(map(abs, e)) > 1 for e in jumps[0].rates):  # a full matrix
             warn_of_leaps(self.equation, box.axes, times[0], cells.reshape(-1, box.number), stacklevel=2)
         warn_if_cut(box, cells, self.equation, times[-1], stacklevel=2)

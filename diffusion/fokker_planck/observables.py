@@ -181,6 +181,13 @@ def steep_share(box: Box, jumps: Jumps, mass: Tensor) -> float:
     return most
 
 
+def swing_share(jumps: Jumps, mass: Tensor) -> float:
+    """The share of the masses (B, n) in cells within which what drives the jumps swings: the most."""
+    if not float(as_array(jumps.swings).max()) > SWING:
+        return 0.0
+    return float((mass @ (jumps.swings > SWING).to(mass) / mass.sum(1).clamp_min(SMALLEST)).max())
+
+
 def warn_if_coarse(box: Box, each: list[tuple[Jumps, Tensor]], stacklevel: int) -> None:
     """Warn where, in any of the states, much of the mass is in cells that are too wide for the drift or its swings.
 
@@ -189,9 +196,7 @@ def warn_if_coarse(box: Box, each: list[tuple[Jumps, Tensor]], stacklevel: int) 
     """
     factors, worst, swinging = [1.0] * box.dim, 0.0, 0.0
     for jumps, mass in each:
-        if float(as_array(jumps.swings).max()) > SWING:
-            share = mass @ (jumps.swings > SWING).to(mass) / mass.sum(1).clamp_min(SMALLEST)
-            swinging = max(swinging, float(share.max()))
+        swinging = max(swinging, swing_share(jumps, mass))
         if not steep_share(box, jumps, mass) > STEEP_SHARE:
             continue
         shares = mass / mass.sum(1, keepdim=True).clamp_min(SMALLEST)

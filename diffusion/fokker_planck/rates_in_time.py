@@ -14,7 +14,7 @@ from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.equation import FokkerPlanck
 from diffusion.fokker_planck.jump_process import JumpProcess, Ledger
 from diffusion.fokker_planck.jumps import Jumps, jumps_at, mean_coefficients, mean_jumps
-from diffusion.fokker_planck.observables import steep_share
+from diffusion.fokker_planck.observables import steep_share, swing_share
 from diffusion.fokker_planck.stepping import ROUNDING, Operator, Rule
 
 
@@ -28,8 +28,8 @@ class RatesInTime:
     Attributes:
         changing: whether the equation looks at the time; if not, it is never asked again.
         first: the rates at the start.
-        steepest: of an equation that changes, the mean rates of a step, and the masses (B, n) that jumped at them, of
-            which the largest share was where cells may be too wide; none if there was no such share.
+        coarsest: of an equation that changes, the mean rates of steps, and the masses (B, n) that jumped at them, of
+            which the largest share was where cells may be too wide for the drift, and for its swings.
     """
 
     def __init__(self, equation: FokkerPlanck, box: Box, start: float, ledger: Ledger | None = None):
@@ -38,17 +38,17 @@ class RatesInTime:
         self.changing = always is None
         self.first = always or jumps_at(equation, box, start, stacklevel=3)
         self.at_start = MeanProcess(_Together(self, [[(start, 1.0)]]), 0)
-        self.steepest: list[tuple[Jumps, Tensor]] = []
-        self._share = 0.0
+        self.coarsest: dict[str, tuple[Jumps, Tensor]] = {}
+        self._shares = {"steep": 0.0, "swing": 0.0}
 
     def at(self, time: float) -> Jumps:
         return self.means([[(time, 1.0)]])[0].jumps
 
     def look_at(self, jumps: Jumps, mass: Tensor) -> None:
-        """Keep these for `steepest` if they are."""
-        share = steep_share(self.box, jumps, mass)
-        if share > self._share:
-            self._share, self.steepest = share, [(jumps, mass)]
+        """Keep these for `coarsest` if they are."""
+        for kind, share in (("steep", steep_share(self.box, jumps, mass)), ("swing", swing_share(jumps, mass))):
+            if share > self._shares[kind]:
+                self._shares[kind], self.coarsest[kind] = share, (jumps, mass)
 
     def means(self, rules: Sequence[Rule]) -> list["MeanProcess"]:
         """The generators of the chains of mean drift and covariance, by each of the rules."""

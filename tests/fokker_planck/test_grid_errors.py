@@ -243,3 +243,15 @@ def test_cells_too_wide_for_a_push_between_the_times_are_named(height):
     error = float((found.density[1] - exact).abs().sum()) * grid.box.volume
     said = any("too coarse for the drift" in str(warning.message) for warning in caught)
     assert said == (height > 50) and (error > 1e-2) == said
+
+
+@pytest.mark.parametrize(("height", "said"), [(0.2, False), (20.0, True)])
+def test_swings_of_a_push_between_the_times_are_named(height, said):
+    """0.2 is small beside the noise of a cell of 1/8."""
+    equation = FokkerPlanck(
+        lambda x, t: height * (-((t - 0.4) / 0.05).square()).exp()[:, None] * (40 * x).cos() - x, 1.0
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        GridSolver(equation, [(-5.0, 5.0)], 80).solve(problems.gaussian(0.0, 0.7), [0.0, 1.0], tolerance=1e-3)
+    assert any("swings within the cells" in str(warning.message) for warning in caught) == said
