@@ -6,29 +6,35 @@ from torch import Tensor
 from diffusion.fokker_planck.equation import FokkerPlanck
 
 MOMENTS = 256
-PLACES = 8
+PLACES = 1024
 SWING = 0.5  # of the range of what changes, that it moves from one of the times to the next
 LEAST = 1.2  # ranges that it moves in all; one, if it only rises or only falls
 MOST = 64  # times
+ROUNDING = 1e-9  # relative to the largest that drift or noise is
 
 
 def turning_times(equation: FokkerPlanck, points: Tensor, start: float, stop: float) -> list[float]:
-    """Times at which drift or noise, at some of the `points` (n, d), have moved by another half of their range.
+    """Times at which drift or noise, somewhere among the `points` (n, d), have moved by another half of their range.
 
-    They are looked at at MOMENTS times, so that what is over within a part in MOMENTS of the time may not be seen. None
-    where all that changes only rises, or only falls: that shows at the ends.
+    They are looked at at MOMENTS times and up to PLACES of the points, so that what is over within a part in MOMENTS of
+    the time, or is nearly nowhere, may not be seen. None where all that changes only rises, or only falls: that shows
+    at the ends.
     """
-    some = points[torch.linspace(0, len(points) - 1, PLACES).round().long().unique()]
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:PLACES]
+    some = points[order.to(points.device)]
     times = torch.linspace(start, stop, MOMENTS + 2, dtype=torch.float64)[1:-1]
-    course = torch.cat([values.detach().reshape(MOMENTS, -1) for values in equation.over(some, times.tolist())], 1)
-    low, high = course.aminmax(dim=0)
-    changing = high - low > 1e-12 * torch.maximum(high.abs(), low.abs())
-    if not bool(changing.any()):
-        return []
-    moved = (course[:, changing].diff(dim=0).abs() / (high - low)[changing]).cumsum(0)
-    moved = moved[:, moved[-1].argmax()].cpu().contiguous()
+    moved = torch.zeros(MOMENTS - 1, dtype=torch.float64)
+    for values in equation.over(some, times.tolist()):
+        course = values.detach().reshape(MOMENTS, -1)
+        low, high = course.aminmax(dim=0)
+        changing = high - low > ROUNDING * course.abs().max()
+        moves = course[:, changing].diff(dim=0).abs() / (high - low)[changing]
+        moves = moves[:, moves.sum(0) > LEAST]
+        if moves.numel():
+            moved = torch.maximum(moved, moves.amax(1).to(moved))
+    moved = moved.cumsum(0)
     total = float(moved[-1])
-    if not LEAST < total < float("inf"):
+    if not 0 < total < float("inf"):
         return []
     apart = max(SWING, total / MOST)
     marks = torch.arange(apart / 10, total, apart, dtype=moved.dtype)

@@ -84,6 +84,11 @@ class JumpProcess:
             total[size:].add_(down)
         return total
 
+    @property
+    def at_rest(self) -> np.ndarray | None:
+        """The masses (n,) that a chain in one dimension keeps, see `lines`; None where they are not known there."""
+        return self._line.at_rest if self._line else None
+
     def apply(self, state: Tensor) -> Tensor:
         """A state."""
         result = torch.empty_like(state)

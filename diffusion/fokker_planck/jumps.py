@@ -8,10 +8,11 @@ rounding; their upwind limit for vanishing noise is |f| / h. Coordinates with no
 matrix is first split into lines by Selling's decomposition.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ POINTS = 4  # of Gauss' rule between two centres
 STEEPEST = 700.0  # largest difference of psi between two centres: less noise than that is as good as none
 THINNEST = 1e-3  # least ratio of the eigenvalues of a full matrix, in units of cells
 TINY = 1e-300
+LESS = 30.0  # times less noise at a centre than around it is no noise of the cell
 
 Offset = tuple[int, ...]
 Array = TypeVar("Array", Tensor, np.ndarray)
@@ -158,6 +160,24 @@ def _swing(slope: Array) -> Array:
     return xp.amax(abs(slope @ (off if xp is torch else off.numpy())), -1) / (1 + xp.amax(abs(slope), -1))
 
 
+class _Lines(NamedTuple):
+    """What is known of m lines, (P, m) each.
+
+    Attributes:
+        w: the increase of phi.
+        correction: the mean of exp(-phi) over that of a straight phi.
+        usual: the harmonic mean of D.
+        thin: D below which there is as good as no noise.
+        swing: see `_swing`.
+    """
+
+    w: Array
+    correction: Array
+    usual: Array
+    thin: Array
+    swing: Array
+
+
 class _Axes:
     """Noise of its own along each coordinate, by P rules at once. Lengths are in cells, numbers `as_array`."""
 
@@ -176,39 +196,53 @@ class _Axes:
         ]
         found = mean_coefficients(equation, torch.cat([box.centres, *places]), rules, full=False)
         drift, half = as_array(found[:, :, :dim]), as_array(found[:, :, dim:] * (box.per_square / 2))
-        self.half, done, self.lines = half[:, : box.number], box.number, {}
+        self.lines: dict[tuple[Offset, int], _Lines] = {}
+        done, own = box.number, half[:, : box.number]
         for e, sign, start, step in ways:
             axis, part = e.index(1), slice(done, done + POINTS * len(start))
             done = part.stop
             d, f = (values[:, part, axis].reshape(len(rules), -1, POINTS) for values in (half, drift))
-            self.lines[e, sign] = f * ((as_array(step) if sign else 1.0) / box.widths[axis]), d
+            way = f * ((as_array(step) if sign else 1.0) / box.widths[axis])
+            self.lines[e, sign] = self._lines(way, d)
+        self.half = [self._own(e, own[..., e.index(1)], ways) for e in self.offsets]
 
     def between(self, e: Offset, ends: Tensor) -> tuple[Array, Array, Array]:
         """Both rates (P, 2, m) of the lines from one cell to another, (2, m), w (P, m), and how much each swings."""
-        w, correction, usual, swing = self._line(e, 0)
-        own = self._own(as_array(ends), e.index(1), usual[:, None])
-        return own * both_ways(w) / correction[:, None], w, swing
+        line = self.lines[e, 0]
+        return self._noise(e, line, ends, 1) * both_ways(line.w) / line.correction[:, None], line.w, line.swing
 
     def leaving(self, e: Offset, sign: int, start: Tensor, fraction: Tensor) -> Array:
         """The rate (P, m) from the cells to the face that is the `fraction` of a cell away, along `sign` e."""
-        w, correction, usual, _ = self._line(e, sign)
-        return self._own(as_array(start), e.index(1), usual) * both_ways(w)[:, 0] / (correction * as_array(fraction))
+        line = self.lines[e, sign]
+        return self._noise(e, line, start, 0) * both_ways(line.w)[:, 0] / (line.correction * as_array(fraction))
 
-    def _own(self, cells: Array, axis: int, usual: Array) -> Array:
-        """D in the cells; where it vanishes, for instance because the noise is 0 in a point, that of the line."""
-        own = self.half[:, cells, axis]
-        return namespace(own).where(own < usual / 30, usual, own)
+    def _noise(self, e: Offset, line: "_Lines", cells: Tensor, dim: int) -> Array:
+        """D in the cells at the ends of lines; that of the lines where it is as good as none and theirs is not."""
+        own = self.half[e.index(1)][:, as_array(cells)]
+        usual, thin = (values[:, None] if dim else values for values in (line.usual, line.thin))
+        return namespace(own).where(own < namespace(own).minimum(thin, usual / LESS), usual, own)
 
-    def _line(self, e: Offset, sign: int) -> tuple[Array, Array, Array, Array]:
-        """The increase of phi, the mean of exp(-phi) over that of a straight phi, the harmonic mean of D, the swing."""
+    def _own(self, e: Offset, own: Array, ways: list) -> Array:
+        """D (P, n) at the centres; where it is next to 0 there but not on either side, the less of these."""
+        xp, least = namespace(own), own * 0 + math.inf
+        for other, sign, start, _ in ways:
+            if other == e:
+                usual = self.lines[e, sign].usual
+                for cells in self.box.neighbours(e).ends if sign == 0 else (start,):
+                    cells = as_array(cells)
+                    least[:, cells] = xp.minimum(least[:, cells], usual)
+        return xp.where(own < least / LESS, least, own)
+
+    def _lines(self, way: Array, d: Array) -> "_Lines":
+        """Of what drives along lines, in cells, and D there, both (P, m, POINTS)."""
         nodes, weights, integrals = map(as_array, self.rule)
-        way, d = self.lines[e, sign]
         xp = namespace(way)
-        d = xp.maximum(d, xp.amax(abs(way), -1)[..., None] / STEEPEST + TINY)
+        thin = xp.amax(abs(way), -1) / STEEPEST
+        d = xp.maximum(d, thin[..., None] + TINY)
         slope = way / d
         w = slope @ weights
         bent, straight = (xp.exp(-phi) @ weights for phi in (slope @ integrals.T, w[..., None] * nodes))
-        return w, xp.clip(bent / straight, 0.5, 2.0), 1 / ((1 / d) @ weights), _swing(slope)
+        return _Lines(w, xp.clip(bent / straight, 0.5, 2.0), 1 / ((1 / d) @ weights), thin, _swing(slope))
 
 
 class _Matrix:

@@ -117,10 +117,10 @@ class Line:
 
     def _settled(self, states: np.ndarray) -> bool:
         """Whether all is at rest."""
-        if self._at_rest is None:
+        if self.at_rest is None:
             return False
         mass = states.sum(1, keepdims=True)
-        return bool((np.abs(states - self._at_rest * mass).sum(1) <= SETTLED * mass[:, 0]).all())
+        return bool((np.abs(states - self.at_rest * mass).sum(1) <= SETTLED * mass[:, 0]).all())
 
     @cached_property
     def _around(self) -> float:
@@ -150,7 +150,7 @@ class Line:
         looked = self._turning > 0 and duration > self._looked_at.get(compact is None, 0.0)
         if looked:
             masses = np.concatenate([masses, np.eye(self.number)[:, [0, self.number // 2]]], 1)
-        still = None if self._at_rest is None else self._at_rest[:, None] * masses.sum(0)
+        still = None if self.at_rest is None else self.at_rest[:, None] * masses.sum(0)
         start = masses if still is None else masses - still
         found = _resolvents(poles, duration * self.rates, compact, start)
         results = (weights @ found.reshape(len(poles), -1)).real.reshape(len(weights), *start.shape)
@@ -169,7 +169,7 @@ class Line:
         return results[0, :, : len(states)].T
 
     @cached_property
-    def _at_rest(self) -> np.ndarray | None:
+    def at_rest(self) -> np.ndarray | None:
         """The law (n,) that the chain keeps; None where mass is lost or a jump is impossible.
 
         With the current J = p_k up_k - p_(k+1) down_k and h the sums of log(up / down), p_k exp(-h_k) falls from one

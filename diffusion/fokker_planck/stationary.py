@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from scipy.sparse import csc_matrix, csr_matrix, diags
-from scipy.sparse.csgraph import breadth_first_order
+from scipy.sparse.csgraph import breadth_first_order, connected_components
 from scipy.sparse.linalg import splu
 from torch import Tensor
 
@@ -11,24 +11,29 @@ from diffusion.errors import UserError
 from diffusion.fokker_planck.jump_process import JumpProcess
 
 CLOSED = 1e-11  # what log ratios of rates may sum to, around a loop
-KEPT = 1e-9  # of what jumps, that may be out of balance
+KEPT = 1e-9  # of what jumps, that may be out of balance, or flow through loops that are not closed
+KNOWN = 1e-6  # of the mass, that rounding of the rates may move
 NEVER = 1e-200  # of the largest rate: cells with jumps so rare, both ways, are not connected
 
 
 def stationary(process: JumpProcess) -> Tensor:
     """The masses (n,), of sum 1, that the chain keeps.
 
-    Where no probability flows in circles they are the products of the ratios of rates along any path; otherwise the
-    null vector of the generator by a sparse factorisation, which takes seconds for 256 x 256 cells and is not meant
-    for many more.
+    In one dimension they are a closed form. Where no probability flows in circles they are the products of the ratios
+    of rates along any path; otherwise the null vector of the generator by a sparse factorisation, which takes seconds
+    for 256 x 256 cells and is not meant for many more.
 
     Raises:
-        UserError: mass is absorbed, or the grid falls into parts between which nothing moves.
+        UserError: mass is absorbed; the grid falls into parts between which nothing moves, or so little that rounding
+            decides how much mass each has.
     """
     if process.absorbing:
         raise UserError("nothing is stationary where a boundary is absorbing, expected reflecting or periodic ones")
     matrix = _rates(process)
-    mass = _gibbs(matrix)
+    gibbs = _gibbs(matrix)
+    mass = process.at_rest
+    if mass is None:
+        mass = gibbs
     if mass is None:
         mass = _null_vector(matrix)
     return torch.from_numpy(mass).to(process.exit)
@@ -68,12 +73,14 @@ def _gibbs(matrix: csr_matrix) -> np.ndarray | None:
         entries = matrix.tocoo()
         back = np.asarray(matrix[entries.col, entries.row])[0]
         open_by = np.abs(log[entries.row] - log[entries.col] - np.log(entries.data) + np.log(back))
-        # the net flow over the geometric mean of the two rates: 2 sinh(open_by / 2) sqrt(m m')
-        middle = (log[entries.row] + log[entries.col]) / 2
-        flow = np.exp(middle + open_by / 2) - np.exp(middle - open_by / 2)
-        if not (flow <= CLOSED).all():
-            return None
-    return np.exp(log) / np.exp(log).sum()
+        amounts = np.exp((log[entries.row] + log[entries.col] + np.log(entries.data) + np.log(back)) / 2)
+        flow = float((2 * np.sinh(open_by / 2) * amounts)[~(open_by <= CLOSED)].sum())
+    mass = np.exp(log) / np.exp(log).sum()
+    # what flows through open loops is nothing next to what goes to and fro between all cells that have mass
+    busy = csr_matrix((KEPT * amounts >= flow, (entries.row, entries.col)), matrix.shape)
+    busy.eliminate_zeros()
+    parts = np.bincount(connected_components(busy, directed=False)[1], mass)
+    return mass if parts.max() >= 1 - CLOSED else None
 
 
 def _null_vector(matrix: csr_matrix) -> np.ndarray:
@@ -83,7 +90,7 @@ def _null_vector(matrix: csr_matrix) -> np.ndarray:
     follows is huge and points the right way, but for its sign. The second time it is the cell with the most.
 
     Raises:
-        UserError: what is found is not kept by the generator.
+        UserError: what is found is not kept by the generator, or so would others be.
     """
     generator, held, unbalanced = csc_matrix(matrix - diags(np.asarray(matrix.sum(0))[0])), matrix.shape[0] // 2, 1.0
     for _ in range(2):
@@ -99,10 +106,19 @@ def _null_vector(matrix: csr_matrix) -> np.ndarray:
         values += factors.solve(column - part @ values)
         mass = np.insert(values, held, 1.0)
         mass = np.maximum(mass / mass.sum(), 0)
+        mass /= mass.sum()
         held, unbalanced = int(mass.argmax()), np.abs(generator @ mass).sum() / (matrix @ mass).sum()
     if not unbalanced <= KEPT:
         raise UserError(
             f"the stationary state cannot be found: {unbalanced:.2g} of what jumps is not balanced in the best that "
             "was found; take a domain of which less is empty, or more cells"
         )
-    return mass / mass.sum()
+    # by how much the mean time until the held cell is reached would change, if each rate did by its rounding
+    longest = float(np.abs(factors.solve(np.ones(len(others)), trans="T")).max())
+    moved = np.finfo(float).eps * longest * float((matrix @ mass).sum())
+    if not moved <= KNOWN:
+        raise UserError(
+            f"the stationary state cannot be found: rounding may move {min(moved, 1.0):.2g} of the mass, because so "
+            "little goes from some places to others; less high barriers would help, or a smaller domain"
+        )
+    return mass

@@ -59,17 +59,17 @@ def test_the_compact_scheme_is_an_exponential(name):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "absorbing"])
-def test_the_law_at_rest(name):
+def test_the_lawat_rest(name):
     process, _ = line_of(name)
     line = process._line
-    assert np.abs(dense(line.rates) @ line._at_rest).max() < 1e-15 * process.rate
-    assert line._at_rest.min() > 0 and line._at_rest.sum() == pytest.approx(1.0, abs=1e-14)
+    assert np.abs(dense(line.rates) @ line.at_rest).max() < 1e-15 * process.rate
+    assert line.at_rest.min() > 0 and line._at_rest.sum() == pytest.approx(1.0, abs=1e-14)
 
 
 def test_a_circle_keeps_its_current_on_fine_grids():
     problem = problems.ratchet()
     grid = GridSolver(problem.equation, problem.domain, 8192, "periodic")
-    rest = torch.from_numpy(JumpProcess(grid.box, jumps_at(problem.equation, grid.box, 0.0))._line._at_rest)
+    rest = torch.from_numpy(JumpProcess(grid.box, jumps_at(problem.equation, grid.box, 0.0))._line.at_rest)
     kept = grid.solve(rest / grid.box.volume, [0.0, 20.0]).density[-1]
     assert float((kept * grid.box.volume - rest).abs().sum()) < 1e-14
 
@@ -177,13 +177,13 @@ def test_what_goes_around_may_cross_the_limit():
     assert float((found.density[1] - fine.density[1, 1::3]).abs().sum()) * grid.box.volume < 1e-2
 
 
-def test_nothing_is_done_for_what_is_at_rest(monkeypatch):
+def test_nothing_is_done_for_what_isat_rest(monkeypatch):
     process, _ = line_of("ratchet_back")
     asked, resolvents = [], lines._resolvents
     monkeypatch.setattr(lines, "_resolvents", lambda *args: asked.append(args) or resolvents(*args))
     state = np.eye(process.number)[:1]
     end = process._line.advance(state, 1e5, np.array([True]))
-    np.testing.assert_allclose(end[0], process._line._at_rest, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(end[0], process._line.at_rest, rtol=0, atol=1e-13)
     assert len(asked) < 1000
 
 
