@@ -153,7 +153,8 @@ class FokkerPlanck:
         if name in self._differentiable or x.dtype != torch.float64:
             return
         x = x.detach()
-        direction = torch.ones_like(x) / x.shape[1] ** 0.5
+        direction = (1 + torch.arange(x.shape[1])).sqrt().sin().to(x)  # no combination of few coordinates is constant
+        direction = (direction / direction.norm()).expand_as(x)
         try:
             _, slope = torch.func.jvp(lambda x: function(x, t), (x,), (direction,))
         except (RuntimeError, TypeError) as error:
@@ -180,7 +181,12 @@ class FokkerPlanck:
 
         Args:
             score: grad log p_t(x), (B, d).
+
+        Raises:
+            UserError: the score has another shape.
         """
+        if not isinstance(score, Tensor) or score.shape != x.shape:
+            raise UserError(f"the score is {shown(score)} for x {tuple(x.shape)}, expected {tuple(x.shape)}")
         return self.drift(x, t) - 0.5 * (self.covariance_divergence(x, t) + act(self.covariance(x, t), score))
 
     def simulate(
@@ -222,6 +228,9 @@ class FokkerPlanck:
             times: rising or falling: the flow goes both ways.
             score: (x (B, d), t) -> grad log p_t(x), (B, d).
             tolerance: relative and absolute, of a step of torchdiffeq's dopri5.
+
+        Raises:
+            UserError: the score has another shape or is not finite; the steps become too small to go on.
         """
         from diffusion.fokker_planck.simulation import follow  # it needs this class
 

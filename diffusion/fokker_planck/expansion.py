@@ -19,7 +19,9 @@ COARSE = 1e-4  # L1 size of the last coefficients above which the expansion has 
 AT_ENDS = 1e-4  # density times length at the ends of a period that the equation does not have
 SWING = 0.01  # share of what drives the density, by which it may be missed between nodes
 LOOKED_AT = 32  # places
-AT_WALLS = 0.1  # density times length that has come to lie at a wall
+BEYOND = 1e-3  # of the mass, that would be beyond a wall
+BEYOND_BY_SAMPLES = 0.1  # where the start is of samples, which are never so smooth
+TINY = 1e-300
 
 
 class Expansion(NamedTuple):
@@ -198,27 +200,28 @@ class GalerkinSolution:
             )
 
     def warn_if_at_walls(self) -> None:
-        """Warns where mass has come to lie against a wall (Legendre) to which the drift points: it may cut it off.
+        """Warns where mass has come to lie at a wall (Legendre): the domain may cut it off.
 
-        Nothing flows there, D p' = F p: the drift points outward where the density rises towards the wall, here by more
-        than itself on the length of the domain.
+        The density at the wall, times how far it would go on beyond, or is piled up before: p / |p'|, for nothing
+        flows there, D p' = F p; at most a quarter of the domain.
         """
         first, last = self.values[[0, -1]]
+        beyond = BEYOND if self.standard_errors is None else BEYOND_BY_SAMPLES
         for axis, basis in enumerate(self.expansion.product.bases):
             if not isinstance(basis, Legendre) or basis.order < 2 or len(self.times) < 2:
                 continue
             length, weights = basis.high - basis.low, self.weights.movedim(axis, 0)
             for end, inner, place in ((0, 1, basis.low), (-1, -2, basis.high)):
                 before, wall, near = first.select(axis, end), last.select(axis, end), last.select(axis, inner)
-                rise = (wall - near) / float((self.nodes[axis][end] - self.nodes[axis][inner]).abs())
-                across = weights[end] / basis.rule().roots[end].square().to(weights) * (rise * length > wall)
-                was, found = (float((p * across).sum()) * length for p in (before, wall))
-                small = AT_WALLS / 100 if self.standard_errors is None else found / 10  # samples are never so smooth
-                if found > AT_WALLS and abs(was) < small:
+                slope = (near - wall).abs() / float((self.nodes[axis][end] - self.nodes[axis][inner]).abs())
+                reach = wall / torch.maximum(slope, 4 * wall.abs() / length).clamp_min(TINY)
+                across = weights[end] / basis.rule().roots[end].square().to(weights) * reach
+                was, found = (float((p * across).sum()) for p in (before, wall))
+                if found > beyond and abs(was) < (beyond if self.standard_errors is None else found) / 10:
                     warnings.warn(
-                        f"mass has come to lie at the wall of axis {axis} at {place:.6g}, to which the drift points: "
-                        f"the density there, times the length, is {found:.2g}, expected below {AT_WALLS:.2g}; if the "
-                        "wall is not meant to hold it, take a wider domain, or Hermite functions",
+                        f"mass has come to lie at the wall of axis {axis} at {place:.6g}: about {min(found, 1.0):.2g} "
+                        "of it would be beyond, if the domain went on; if the wall is not meant to hold it, take a "
+                        "wider domain, or Hermite functions",
                         stacklevel=3,
                     )
 

@@ -152,7 +152,7 @@ class GridSolver:
 
         Warns:
             the grid is too coarse for the drift or its swings, or the `steps` are for the tolerance; mass has come to
-            lie at reflecting walls from which the drift does not lead away, or at ends of a period that differ.
+            lie at reflecting walls, or at ends of a period that differ.
 
         Raises:
             UserError: values that are negative, not finite or of another shape; times that do not rise; a law that
@@ -180,11 +180,12 @@ class GridSolver:
         cells = states[:, :, : box.number]
         jumps = [rates.at(t) for t in (times if rates.changing else times[:1])]
         warn_if_coarse(box, [*pairs(jumps, cells), *rates.coarsest.values()], stacklevel=2)
-        if any(sum(map(abs, e)) > 1 for e in jumps[0].rates):  # a full matrix
-            warn_of_leaps(self.equation, box.axes, times[0], cells.reshape(-1, box.number), stacklevel=2)
+        for time, (at, masses) in zip(times, pairs(jumps, cells), strict=False):
+            if any(sum(map(abs, e)) > 1 for e in at.rates):  # a full matrix
+                warn_of_leaps(self.equation, box.axes, time, masses, stacklevel=2)
         warn_if_cut(box, cells, self.equation, times[-1], stacklevel=2)
         if len(times) > 1:
-            warn_if_at_walls(box, cells, lambda x: self.equation.drift(x, times[-1]), stacklevel=2)
+            warn_if_at_walls(box, cells, self.equation, times, stacklevel=2)
         batch = () if single else (number,)
         return GridSolution(
             density=(cells / box.volume).reshape(len(times), *batch, *box.cells),

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ ONE_WAY = 300.0  # log of the ratio of jumps there and back
 NEGLIGIBLE = 1e-14  # of the largest flow
 NOISELESS = 50.0  # times as many cells as there are, above which it is no use to ask for them
 LEAP = 0.05  # of g g^T at both places together, by which the change of it may differ from that of its derivatives
-AT_WALLS = 1e-3  # of the mass
+AT_WALLS = 1e-3  # of the mass, at the ends of a period
+BEYOND = 1e-3  # of the mass, that would be beyond walls
 CUT = 1e-3  # of the largest drift, by which it may differ between two ends that are one place
 SWING, SWING_SHARE = 0.05, 0.5  # see Jumps; of the mass: less may be on either side of a leap, which does no harm
 
@@ -97,32 +98,35 @@ def warn_of_leaps(equation: FokkerPlanck, axes: Sequence[Tensor], time: float, m
         )
 
 
-def warn_if_at_walls(box: Box, masses: Tensor, drift: Callable[[Tensor], Tensor], stacklevel: int) -> None:
-    """Warn where mass has come to lie against reflecting walls, from which the drift does not lead it away.
+def warn_if_at_walls(box: Box, masses: Tensor, equation: FokkerPlanck, times: Sequence[float], stacklevel: int) -> None:
+    """Warn where mass has come to lie against reflecting walls: the domain may cut it off.
 
-    The domain may cut it off.
+    The density at a wall, times how far it would go on beyond: while it spreads, D / |f| if the drift f leads away from
+    the wall, at most the width of the domain.
 
     Args:
         masses: of the cells at the times, (K, B, n).
-        drift: at the last time, of points; asked for only where there is mass at walls.
+        equation: asked at the last time, and only where there is mass at walls.
     """
-    axes, last = [axis for axis, word in enumerate(box.boundary) if word == "reflecting"], masses[-1]
-    if not axes or not bool((last @ box.walls > AT_WALLS * last.sum(1)).any()):
+    axes, last, time = [i for i, word in enumerate(box.boundary) if word == "reflecting"], masses[-1], times[-1]
+    if not axes or not bool((last @ box.walls * max(box.cells) > BEYOND * last.sum(1)).any()):
         return
-    drift = drift(box.centres)
-    outward = torch.zeros(box.number, dtype=torch.bool, device=masses.device)
+    drift, a = equation.drift(box.centres, time).detach(), equation.covariance(box.centres, time).detach()
+    noise = (a.diagonal(dim1=1, dim2=2) if a.dim() == 3 else a.reshape(box.number, -1).expand_as(drift)) / 2
+    reach = torch.zeros(box.number, dtype=torch.float64, device=masses.device)
     for axis in axes:
-        places = box.centres[:, axis]
-        outward |= ((places == places.max()) & (drift[:, axis] >= 0)) | (
-            (places == places.min()) & (drift[:, axis] <= 0)
-        )
-    masses = masses[[0, -1]]
-    shares = masses[:, :, outward].sum(2) / masses.sum(2).clamp_min(SMALLEST)
-    first, last = shares.amax(1).tolist()
-    if last > AT_WALLS and first < AT_WALLS / 100:
+        places, spread = box.centres[:, axis], noise[:, axis]
+        for outward, wall in ((1, places == places.max()), (-1, places == places.min())):
+            push = outward * drift[:, axis]
+            far = (2 * spread * (time - times[0])).sqrt() + push.clamp_min(0) * (time - times[0])
+            far = torch.where(push < 0, torch.minimum(far, spread / push.abs()), far)
+            reach += wall * (far / box.widths[axis]).clamp_max(box.cells[axis])
+    first, last = (float((mass @ reach / mass.sum(1).clamp_min(SMALLEST)).max()) for mass in masses[[0, -1]])
+    if last > BEYOND and first < BEYOND / 100:
         warnings.warn(
-            f"{last:.2g} of the mass has come to lie in the cells at reflecting walls, from which the drift does not "
-            "lead away; if these are not meant to hold it, take a larger domain, or absorbing walls to see what leaves",
+            f"mass has come to lie at reflecting walls: about {min(last, 1.0):.2g} of it would be beyond, if the "
+            "domain went on; if these are not meant to hold it, take a larger domain, or absorbing walls to see what "
+            "leaves",
             stacklevel=stacklevel + 1,
         )
 

@@ -182,14 +182,31 @@ def follow(
     tolerance: float = 1e-8,
 ) -> Tensor:
     """See `FokkerPlanck.follow`."""
-    times = torch.as_tensor(times, dtype=x.dtype, device=x.device)
+    times = torch.as_tensor(times, dtype=x.dtype, device=x.device).reshape(-1)
     gaps = times.diff()
-    if not (bool((gaps > 0).all()) or bool((gaps < 0).all())):
+    if not len(times) or not (bool((gaps > 0).all()) or bool((gaps < 0).all())):
         raise UserError(f"times are {times.tolist()}, expected rising or falling ones")
+    if not tolerance > 0:
+        raise UserError(f"tolerance is {tolerance}, expected a positive number")
+    if len(times) == 1:
+        return x[None]
+    reached = float(times[0])
 
     def velocity(t: Tensor, x: Tensor) -> Tensor:
-        return equation.velocity(x, t, score(x, float(t)))
+        nonlocal reached
+        reached, s = float(t), score(x, float(t))
+        found = equation.velocity(x, t, s)
+        if not bool(torch.isfinite(s).all()):
+            bad = int((~torch.isfinite(s)).any(1).nonzero()[0])
+            raise UserError(f"the score is not finite at t={reached:.6g}, x={x[bad].tolist()}")
+        return found
 
     with torch.no_grad():
         # No step goes beyond the times, where the equation may not be defined.
-        return odeint(velocity, x, times, rtol=tolerance, atol=tolerance, options={"step_t": times[1:]})
+        try:
+            return odeint(velocity, x, times, rtol=tolerance, atol=tolerance, options={"step_t": times[1:]})
+        except AssertionError as error:  # torchdiffeq's, when a step is as good as 0
+            raise UserError(
+                f"the probability flow cannot be followed beyond t={reached:.6g}: {error}; does the velocity grow "
+                "without bound there?"
+            ) from error

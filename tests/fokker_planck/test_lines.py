@@ -59,11 +59,11 @@ def test_the_compact_scheme_is_an_exponential(name):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "absorbing"])
-def test_the_lawat_rest(name):
+def test_the_law_at_rest(name):
     process, _ = line_of(name)
     line = process._line
     assert np.abs(dense(line.rates) @ line.at_rest).max() < 1e-15 * process.rate
-    assert line.at_rest.min() > 0 and line._at_rest.sum() == pytest.approx(1.0, abs=1e-14)
+    assert line.at_rest.min() > 0 and line.at_rest.sum() == pytest.approx(1.0, abs=1e-14)
 
 
 def test_a_circle_keeps_its_current_on_fine_grids():
