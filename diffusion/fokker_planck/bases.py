@@ -51,8 +51,9 @@ def _check_order(order: int) -> None:
 
 
 def _check_interval(low: float, high: float) -> None:
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise UserError(f"the interval is from {low} to {high}, expected two rising, finite numbers")
+    numbers = isinstance(low, int | float) and isinstance(high, int | float)
+    if not (numbers and math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UserError(f"the interval is from {low!r} to {high!r}, expected two rising, finite numbers")
 
 
 class Basis(ABC):

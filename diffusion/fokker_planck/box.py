@@ -251,6 +251,16 @@ def line_rule(points: int, device: torch.device | str = "cpu") -> tuple[Tensor, 
 
 
 @lru_cache
+def split_rule(points: int, parts: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """`line_rule` in each of so many equal parts."""
+    nodes, weights, integrals = line_rule(points, device)
+    eye = torch.eye(parts, dtype=torch.float64, device=device)
+    before = torch.kron(torch.ones_like(eye).tril(-1), weights.expand(points, -1))
+    places = (torch.arange(parts, device=device)[:, None] + nodes).reshape(-1) / parts
+    return places, weights.repeat(parts) / parts, (torch.kron(eye, integrals) + before) / parts
+
+
+@lru_cache
 def off_line(points: int, device: torch.device | str = "cpu") -> Tensor:
     """The matrix that leaves of values (m, points) at the nodes of `line_rule` what no linear function has."""
     nodes = line_rule(points, device)[0]

@@ -48,6 +48,13 @@ def _semidefinite(a: Tensor, x: Tensor) -> Tensor:
     return a
 
 
+def checked(equation: "FokkerPlanck") -> "FokkerPlanck":
+    """The same; a UserError if it is none."""
+    if not isinstance(equation, FokkerPlanck):
+        raise UserError(f"the equation is {shown(equation)}, expected a FokkerPlanck(drift, diffusion)")
+    return equation
+
+
 class FokkerPlanck:
     """The equation of dx = drift dt + diffusion dw; from it come its solvers, the SDE and the probability-flow ODE.
 

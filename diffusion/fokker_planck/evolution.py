@@ -25,6 +25,7 @@ from diffusion.fokker_planck.stepping import Means, Operator, step
 
 NEGLIGIBLE = 1e-17
 MOST_STEPS = 100_000
+SHORTEST = 1e-290  # time
 NEAR = 1e-6  # of all the time: no step is to end so near to a time
 JUMPS = 0.1  # of the tolerance, kept for steps that do not resolve how A changes,
 ONE_JUMP = 0.02  # of what is left of it for one of them
@@ -66,7 +67,7 @@ def rising(times: Sequence[float] | Tensor) -> list[float]:
         times = torch.as_tensor(times, dtype=torch.float64).reshape(-1).tolist()
     except (TypeError, ValueError):
         raise UserError(f"times are {times!r}, expected rising finite numbers, the first that of the start") from None
-    rises = all(later > earlier for earlier, later in itertools.pairwise(times))
+    rises = all(later - earlier > SHORTEST for earlier, later in itertools.pairwise(times))
     if not times or not rises or not all(map(math.isfinite, times)):
         raise UserError(f"times are {times}, expected rising finite numbers, the first that of the start")
     return times

@@ -11,11 +11,11 @@ from diffusion.errors import UserError
 from diffusion.fokker_planck.asking import at_any_time
 from diffusion.fokker_planck.bases import Basis, Fourier
 from diffusion.fokker_planck.changes import turning_times
-from diffusion.fokker_planck.equation import FokkerPlanck
+from diffusion.fokker_planck.equation import FokkerPlanck, checked
 from diffusion.fokker_planck.evolution import evolve, rising
 from diffusion.fokker_planck.expansion import Expansion, GalerkinSolution
 from diffusion.fokker_planck.gibbs import GibbsRoot
-from diffusion.fokker_planck.laws import Law
+from diffusion.fokker_planck.laws import Law, log_density
 from diffusion.fokker_planck.observables import warn_of_leaps
 from diffusion.fokker_planck.products import Product
 from diffusion.fokker_planck.stepping import Means, Rule, weighted
@@ -104,18 +104,11 @@ class WeakSolver(ABC):
 
     def _from_law(self, law: Law, tilt: Tilt, tolerance: float) -> Tensor:
         points, roots = self.product.points, self.product.roots
-        try:
-            log_density = law.log_prob(points)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"start.log_prob(x) fails for x {tuple(points.shape)}: {error}") from error
-        if not isinstance(log_density, Tensor) or tuple(log_density.shape) != (len(points),):
-            shown = tuple(log_density.shape) if isinstance(log_density, Tensor) else type(log_density).__name__
-            raise UserError(f"start.log_prob(x) gives {shown} for x {tuple(points.shape)}, expected {(len(points),)}")
-        log_density = log_density.to(points)
-        log_ratio = log_density - tilt.log
-        if not bool((log_density < torch.inf).all()) or (not self.symmetrised and float(log_ratio.max()) > OVERFLOW):
+        log_start = log_density(law, points)
+        log_ratio = log_start - tilt.log
+        if not bool((log_start < torch.inf).all()) or (not self.symmetrised and float(log_ratio.max()) > OVERFLOW):
             raise UserError("the start is infinite, or far wider than the basis: p / chi overflows; take a wider basis")
-        held = float((roots.square() * log_density.exp()).sum())
+        held = float((roots.square() * log_start.exp()).sum())
         if held <= 0:
             raise UserError(
                 "the start has no mass at the nodes, expected it inside the domain and wider than their gaps"
@@ -204,8 +197,13 @@ class GalerkinSolver(WeakSolver):
         lost: float = 1e-6,
         device: torch.device | str | None = None,
     ):
-        self.equation, self.symmetrised, self.lost = equation, symmetrised, lost
-        self.product = Product([bases] if isinstance(bases, Basis) else bases, keep, device)
+        self.equation, self.symmetrised, self.lost = checked(equation), symmetrised, lost
+        bases = [bases] if isinstance(bases, Basis) else bases
+        if not isinstance(bases, Sequence) or not all(isinstance(basis, Basis) for basis in bases):
+            raise UserError(
+                f"bases is {bases!r}, expected bases such as Hermite(32, 0.0, 1.0), one for each coordinate"
+            )
+        self.product = Product(bases, keep, device)
 
     def matrix(self, time: float = 0.0) -> Tensor:
         """A of du/dt = A u at a time, (size, size), for states as `Product` holds them."""

@@ -11,11 +11,11 @@ from torch import Tensor
 from diffusion.errors import UserError
 from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.changes import turning_times
-from diffusion.fokker_planck.equation import FokkerPlanck
+from diffusion.fokker_planck.equation import FokkerPlanck, checked
 from diffusion.fokker_planck.evolution import evolve, rising
 from diffusion.fokker_planck.jump_process import JumpProcess, Ledger
 from diffusion.fokker_planck.jumps import Jumps, jumps_at
-from diffusion.fokker_planck.laws import Law
+from diffusion.fokker_planck.laws import Law, log_density
 from diffusion.fokker_planck.observables import (
     current,
     entropy_production,
@@ -115,7 +115,7 @@ class GridSolver:
         boundary: str | Sequence[str] = "reflecting",
         device: torch.device | str | None = None,
     ):
-        self.equation = equation
+        self.equation = checked(equation)
         self.box = Box(domain, cells, boundary, device)
 
     def density(self, law: Law, lost: float = LOST) -> Tensor:
@@ -124,7 +124,7 @@ class GridSolver:
         Raises:
             UserError: more than `lost` of its mass is outside the domain, or it is too narrow for the cells.
         """
-        values = self.box.densities(law.log_prob)
+        values = self.box.densities(lambda x: log_density(law, x))
         mass = float(values.sum()) * self.box.volume
         if not math.isfinite(mass):
             bad = int(values.nan_to_num(math.inf).argmax())

@@ -27,6 +27,8 @@ from diffusion.fokker_planck.scaled_functions import Samples, TestFunctions
 from diffusion.fokker_planck.snapshots import Snapshots
 from diffusion.fokker_planck.weak import COARSE, exceeded
 
+FEW = 40  # times as many samples at a time as independent equations: with fewer, standard errors are too small
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -158,7 +160,8 @@ def fit(
             identifiable: the message names the combination and the condition number.
 
     Warns:
-        the times are too coarse: the quadrature may move a coefficient by more than COARSE standard errors.
+        the times are too coarse: the quadrature may move a coefficient by more than COARSE standard errors; or there
+            are less than FEW times as many samples at each time as independent equations.
     """
     snapshots = Snapshots(samples, times, paths)
     drift, diffusion = named(drift, "drift"), named(diffusion, "diffusion")
@@ -189,6 +192,12 @@ def fit(
         warnings.warn(
             f"the integral over {len(weights)} times may put a coefficient off by {share:.2g} standard errors, judged "
             "by leaving out every second time: take more times",
+            stacklevel=2,
+        )
+    if snapshots.points < FEW * (degrees + len(theta)):
+        warnings.warn(
+            f"{snapshots.points} samples at a time are few for {degrees + len(theta)} independent equations, expected "
+            f"{FEW} times as many or more: standard errors may be up to 1.5 times too small; take fewer test functions",
             stacklevel=2,
         )
     return Fit(

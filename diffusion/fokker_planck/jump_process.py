@@ -12,7 +12,8 @@ from torch import Tensor
 from diffusion.errors import UserError
 from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.evolution import NEGLIGIBLE, uniformised
-from diffusion.fokker_planck.jumps import Array, Jumps, namespace
+from diffusion.fokker_planck.jumps import Jumps
+from diffusion.fokker_planck.line_rates import Array, namespace
 from diffusion.fokker_planck.lines import MANY, Line
 
 GROWTH = 1e2  # of the terms of a series, which costs as many digits

@@ -20,6 +20,24 @@ class Law(Protocol):
         """Independent points (number, d), float64."""
 
 
+def log_density(law: Law, x: Tensor, name: str = "start") -> Tensor:
+    """The log density (N,) of any law at `x` (N, d), checked.
+
+    Raises:
+        UserError: it has no log_prob, or that fails, or gives another shape.
+    """
+    if not hasattr(law, "log_prob"):
+        raise UserError(f"{name} is {type(law).__name__}, expected a law with log_prob")
+    try:
+        values = law.log_prob(x)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"{name}.log_prob(x) fails for x {tuple(x.shape)}: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, Tensor) or tuple(values.shape) != (len(x),):
+        shown = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise UserError(f"{name}.log_prob(x) gives {shown} for x {tuple(x.shape)}, expected {(len(x),)}")
+    return values.detach().to(x)
+
+
 @dataclass(frozen=True)
 class GaussianMixture:
     """A mixture of Gaussians.

@@ -10,6 +10,7 @@ samples, so rho^T G^-1 rho is the mean square error of the drift as far as the f
 well conditioned as a regression on the drift itself. S takes the place of G where chance is more than the error u.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -21,10 +22,11 @@ from diffusion.fokker_planck.equation import FokkerPlanck, Function
 from diffusion.fokker_planck.moment_equations import CHANCE, Rates, equations, time_weights
 from diffusion.fokker_planck.scaled_functions import Samples, TestFunctions, frame
 from diffusion.fokker_planck.snapshots import ELEMENTS, Snapshots, quadrature
-from diffusion.fokker_planck.weak import exceeded, quadratic_form, whitening
+from diffusion.fokker_planck.weak import COARSE, exceeded, quadratic_form, whitening
 from diffusion.objectives import Batch
 
 ACCURACY = 0.1  # u: an error of the drift, in standard deviations of the samples over all the time
+REMEMBERED = 100  # batches, whose rates tell whether the times resolve them
 
 
 def paired(samples: Samples) -> TensorData:
@@ -57,6 +59,9 @@ class WeakMatching:
     Raises:
         UserError: bad samples, as in `weak_residual`; the diffusion is to be learned from samples whose law does not
             change in time beyond chance.
+
+    Warns:
+        while it is trained: the times do not resolve the rates of the network, by more than COARSE standard errors.
     """
 
     def __init__(
@@ -80,8 +85,9 @@ class WeakMatching:
         unit = scale / span**0.5
         noise = (lambda x, t: unit.to(x).expand_as(x)) if diffusion is None else diffusion
         rates = Rates([], [], FokkerPlanck(lambda x, t: torch.zeros_like(x), noise), test_functions)
-        weights, _ = snapshots.integral(degree)
+        weights, doubt = snapshots.integral(degree)
         factors = time_weights(snapshots.times, weights, moments, rates.columns)
+        doubtful = time_weights(snapshots.times, weights + doubt, moments, rates.columns) - factors
         mean, covariance = equations(snapshots, rates, factors)
         if self.learned:
             still = exceeded(*quadratic_form(mean[:, 0], covariance[:, 0, :, 0]), snapshots.points)
@@ -90,13 +96,24 @@ class WeakMatching:
                     f"the law of the samples does not change in time beyond chance (p = {still:.2g}), so that they do "
                     "not tell the scale of time: give the diffusion, or samples on the way to the stationary law"
                 )
-        weight = covariance.sum((1, 3)) + ACCURACY**2 / span * gram(snapshots, test_functions, scale, moments)
-        self.white = whitening(weight)
-        self.fixed = self.white @ (mean[:, 0] if self.learned else mean.sum(1))
+        chance = covariance.sum((1, 3))
+        self.white = whitening(chance + ACCURACY**2 / span * gram(snapshots, test_functions, scale, moments))
+        known = slice(0, 1) if self.learned else slice(None)
+        self.fixed = self.white @ mean[:, known].sum(1)
         self.factors = factors[:, :, 1]
+        off = equations(snapshots, rates, doubtful)[0][:, known].sum(1)
+        self.time_rule = _TimeRule(doubtful[:, :, 1], off, chance.diagonal(), snapshots.points)
 
     def residuals(self, network: nn.Module, x: Tensor) -> Tensor:
         """Weighed residuals r (B, R) of examples (B, K, d)."""
+        return self._weighed(self._rates(network, x))
+
+    def _weighed(self, rates: Tensor) -> Tensor:
+        rate = torch.einsum("km,bkf->bmf", self.factors.to(rates), rates)
+        return self.fixed.to(rates) + rate.flatten(1) @ self.white.T.to(rates)
+
+    def _rates(self, network: nn.Module, x: Tensor) -> Tensor:
+        """What the network gives of the test functions' rates at each time, (B, K, F)."""
         points, t = x.flatten(0, 1), self.times.to(x).repeat(len(x))
         out = network(points, t)
         if self.learned == isinstance(out, Tensor):
@@ -109,8 +126,7 @@ class WeakMatching:
             rate = self.test_functions.rate(points, f, g @ g.mT if g.dim() == 3 else g.square())
         else:
             rate = self.test_functions.slope(points, out)
-        rate = torch.einsum("km,bkf->bmf", self.factors.to(x), rate.view(*x.shape[:2], -1))
-        return self.fixed.to(x) + rate.flatten(1) @ self.white.T.to(x)
+        return rate.view(*x.shape[:2], -1)
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
         """r_i times the mean of the other r_j, (B, R)."""
@@ -118,8 +134,50 @@ class WeakMatching:
         if x.dim() != 3 or x.shape[1] != len(self.times) or len(x) < 2:
             expected = f"two or more of ({len(self.times)}, d)"
             raise UserError(f"examples have shape {tuple(x.shape)}, expected {expected}: one point of each time")
-        r = self.residuals(network, x)
+        rates = self._rates(network, x)
+        self.time_rule.look_at(rates.detach())
+        r = self._weighed(rates)
         return r * (r.sum(0) - r) / (len(r) - 1)
+
+
+class _TimeRule:
+    """Whether the times resolve the rates of the network as it is, see `Snapshots.integral`.
+
+    Args:
+        factors: of the rates at each time, in the estimate of the error (K, M).
+        off: what is known of that error (R,).
+        chance: variances of the residuals (R,).
+        points: samples at a time.
+    """
+
+    def __init__(self, factors: Tensor, off: Tensor, chance: Tensor, points: int):
+        self.factors, self.off, self.chance, self.points = factors, off, chance, points
+        self.mean = self.variance = torch.zeros_like(off)
+        self.seen, self.said = 0, False
+
+    def look_at(self, rates: Tensor) -> None:
+        """Those of a batch (B, K, F); warns, once, after REMEMBERED of them."""
+        if self.said:
+            return
+        rows = torch.einsum("km,bkf->bmf", self.factors.to(rates), rates).flatten(1)
+        self.seen += 1
+        share = 1 / min(self.seen, REMEMBERED)
+        self.mean = torch.lerp(self.mean, rows.mean(0).to(self.mean), share)
+        self.variance = torch.lerp(self.variance, rows.var(0).to(self.variance), share)
+        if self.seen < REMEMBERED or self.seen % REMEMBERED:
+            return
+        doubt = 4 * self.variance * (1 / self.points + share / len(rates))
+        kept = self.chance > 1e-12 * self.chance.max()
+        excess = (((self.mean + self.off).square() - doubt) / self.chance)[kept].mean()
+        off = float(excess.clamp_min(0).sqrt())
+        if off > COARSE:
+            self.said = True
+            warnings.warn(
+                f"the integrals over {len(self.factors)} times may be off by {off:.2g} standard errors for the network "
+                "as it is, judged by leaving out every second time: what it learns may be wrong by as much, take more "
+                "times",
+                stacklevel=3,
+            )
 
 
 def gram(snapshots: Snapshots, phi: TestFunctions, scale: Tensor, moments: int) -> Tensor:

@@ -14,6 +14,7 @@ from diffusion.fokker_planck.weak import exceeded, quadratic_form, whitening
 SINGULAR = 1e8  # the largest condition number
 CHANCE = 1e-3  # that coefficients which are not identifiable pass as such
 UPDATES, CONVERGED = 50, 1e-6  # in standard errors
+TURNING = 25  # updates, after which the weights are kept: their rank may go to and fro
 
 
 class Rates:
@@ -109,7 +110,8 @@ def estimate(mean: Tensor, covariance: Tensor, fixed: int, points: int, names: l
     for update in range(UPDATES):
         full = torch.cat([mean.new_ones(fixed), theta])
         with_residual = torch.einsum("e,rcse->rcs", full, covariance)
-        white = whitening(torch.einsum("c,rcs->rs", full, with_residual))
+        if update <= TURNING:
+            white = whitening(torch.einsum("c,rcs->rs", full, with_residual))
         if update == 0:
             condition = _check(mean, covariance, fixed, white, points, names)
         residual = white.T @ (white @ (mean @ full))

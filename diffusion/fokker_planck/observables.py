@@ -9,7 +9,8 @@ from torch import Tensor
 
 from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.equation import FokkerPlanck
-from diffusion.fokker_planck.jumps import Jumps, as_array, namespace
+from diffusion.fokker_planck.jumps import Jumps
+from diffusion.fokker_planck.line_rates import as_array, namespace
 
 STEEP = 2.0  # difference of the log density between neighbours at rest, above which a cell is too wide
 STEEP_SHARE = 1e-3  # of the mass, that may be in such cells

@@ -27,7 +27,7 @@ from torch import Tensor
 from diffusion import devices
 from diffusion.errors import UserError
 from diffusion.fokker_planck.correction import Correction
-from diffusion.fokker_planck.equation import FokkerPlanck, act
+from diffusion.fokker_planck.equation import FokkerPlanck, act, checked
 from diffusion.fokker_planck.evolution import rising
 from diffusion.fokker_planck.laws import Law
 from diffusion.fokker_planck.learned_score import LearnedScore, learn
@@ -138,6 +138,7 @@ class ParticleSolver:
     seed: int = 0
 
     def __post_init__(self):
+        checked(self.equation)
         widths = self.hidden if isinstance(self.hidden, Sequence) else ()
         if not (1 <= len(widths) <= 2 and all(isinstance(width, int) and width > 0 for width in widths)):
             raise UserError(f"hidden is {self.hidden!r}, expected the widths of one or two layers")

@@ -7,24 +7,24 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
 
-from diffusion.fokker_planck.runs import Lattice, Run
+from diffusion.fokker_planck.runs import Cloud, Lattice, Run
 
 SHOWN = 4  # times in the still picture
 ARROWS = 16  # along each coordinate
+BINS = 60
 MILLISECONDS = 80  # a frame
 
 
 def save_picture(run: Run, path: str | Path) -> Path:
     """Write one PNG: the density and its current (d = 1: lines, beyond: maps of two coordinates) at a few times."""
-    chosen = torch.linspace(0, len(run.times) - 1, SHOWN).round().long().tolist()
+    chosen = torch.linspace(0, len(run.times) - 1, min(SHOWN, len(run.times))).round().long().tolist()
     if _dim(run) == 1:
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         _draw_lines(figure.subplots(1, 2), run, chosen)
     else:
-        figure = Figure(figsize=(4 * SHOWN, 4.2), layout="constrained")
-        for axes, k in zip(figure.subplots(1, SHOWN), chosen, strict=True):
+        figure = Figure(figsize=(4 * len(chosen), 4.2), layout="constrained")
+        for axes, k in zip(figure.subplots(1, len(chosen)), chosen, strict=True):
             _draw_map(axes, run, k)
     figure.savefig(path, dpi=110)
     return Path(path)
@@ -48,20 +48,24 @@ def save_animation(run: Run, path: str | Path) -> Path:
 
 
 def _dim(run: Run) -> int:
-    return run.picture.shape[2] if isinstance(run.picture, Tensor) else len(run.picture.axes)
+    return run.picture.places.shape[2] if isinstance(run.picture, Cloud) else len(run.picture.axes)
 
 
 def _draw_lines(axes, run: Run, chosen: list[int]) -> None:
     left, right = axes
     for k in chosen:
         label = f"t = {float(run.times[k]):.3g}"
-        if isinstance(run.picture, Tensor):
-            left.hist(run.picture[k, :, 0].numpy(), bins=60, density=True, histtype="step", label=label)
+        if isinstance(run.picture, Cloud):
+            x, v = (values[k, :, 0].numpy() for values in run.picture)
+            mass, edges = np.histogram(x, bins=BINS)
+            flow, _ = np.histogram(x, bins=edges, weights=v)
+            for axes, heights in ((left, mass), (right, flow)):
+                axes.stairs(heights / (len(x) * np.diff(edges)), edges, label=label)
             continue
         (x,), density, current = run.picture
         left.plot(x.numpy(), density[k].numpy(), label=label)
         right.plot(x.numpy(), current[k, 0].numpy(), label=label)
-    if not isinstance(run.picture, Tensor):
+    if not isinstance(run.picture, Cloud):
         left.set_ylim(0, 1.05 * float(run.picture.density.max()))
         reach = 1.05 * float(run.picture.current.abs().max()) or 1.0
         right.set_ylim(-reach, reach)
@@ -72,9 +76,12 @@ def _draw_lines(axes, run: Run, chosen: list[int]) -> None:
 
 def _draw_map(axes, run: Run, k: int) -> None:
     axes.set(title=f"t = {float(run.times[k]):.3g}", xlabel="$x_1$", ylabel="$x_2$")
-    if isinstance(run.picture, Tensor):
-        reach = run.picture[:, :, :2].flatten(0, 1).abs().amax(0).tolist()
-        axes.scatter(*run.picture[k, :, :2].T.numpy(), s=2, linewidths=0)
+    if isinstance(run.picture, Cloud):
+        places, velocities = (values[..., :2] for values in run.picture)
+        reach = places.flatten(0, 1).abs().amax(0).tolist()
+        axes.scatter(*places[k].T.numpy(), s=2, linewidths=0)
+        some = slice(None, ARROWS**2)
+        axes.quiver(*places[k, some].T.numpy(), *velocities[k, some].T.numpy(), color="C1", width=0.003)
         axes.set(xlim=(-reach[0], reach[0]), ylim=(-reach[1], reach[1]))
         return
     (x, y), density, current = _in_the_plane(run.picture)

@@ -38,6 +38,8 @@ class Problem:
     log_stationary: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self):
+        if not isinstance(self.equation, FokkerPlanck):
+            raise UserError(f"the problem has equation={type(self.equation).__name__}, expected a FokkerPlanck")
         if self.boundary not in BOUNDARIES:
             raise UserError(f"the problem has boundary={self.boundary!r}, expected one of {', '.join(BOUNDARIES)}")
         if not (isinstance(self.horizon, int | float) and 0 < self.horizon < math.inf):

@@ -13,7 +13,8 @@ from diffusion.fokker_planck.asking import at_any_time
 from diffusion.fokker_planck.box import Box
 from diffusion.fokker_planck.equation import FokkerPlanck
 from diffusion.fokker_planck.jump_process import JumpProcess, Ledger
-from diffusion.fokker_planck.jumps import Jumps, jumps_at, mean_coefficients, mean_jumps
+from diffusion.fokker_planck.jumps import Jumps, jumps_at, mean_jumps
+from diffusion.fokker_planck.line_rates import mean_coefficients
 from diffusion.fokker_planck.observables import steep_share, swing_share
 from diffusion.fokker_planck.stepping import ROUNDING, Operator, Rule
 

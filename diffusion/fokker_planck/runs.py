@@ -19,10 +19,19 @@ from diffusion.fokker_planck.bases import Basis, Fourier, Legendre
 from diffusion.fokker_planck.equation import act
 from diffusion.fokker_planck.galerkin import GalerkinSolution, GalerkinSolver
 from diffusion.fokker_planck.grid import GridSolver
+from diffusion.fokker_planck.laws import log_density
 from diffusion.fokker_planck.particles import ParticleSolver
 from diffusion.fokker_planck.problems import Problem
 
+OUTSIDE = 1e-3  # of the particles
 PICTURE_POINTS = {1: 400, 2: 100, 3: 40}  # along each coordinate, for what is not on a grid
+
+
+class Cloud(NamedTuple):
+    """Particles, and the velocities of their probability flow, (K, N, d) each."""
+
+    places: Tensor
+    velocities: Tensor
 
 
 class Lattice(NamedTuple):
@@ -47,13 +56,13 @@ class Run:
         times: (K,).
         columns: figures at each time, (K,) each; NaN where one is not known.
         facts: single figures.
-        picture: the densities, or the particles (K, N, d).
+        picture: the densities, or the particles.
     """
 
     times: Tensor
     columns: dict[str, Tensor]
     facts: dict[str, Any]
-    picture: Lattice | Tensor
+    picture: Lattice | Cloud
 
     def table(self, rows: int = 11) -> str:
         """At most `rows` of the times, a line each."""
@@ -111,7 +120,7 @@ class Grid(Recipe):
         solver = GridSolver(problem.equation, problem.domain, self.cells, problem.boundary, self.device)
         found = solver.solve(problem.start, times, self.tolerance)
         if problem.law_at is not None:
-            exact = torch.stack([problem.law_at(t).log_prob(solver.box.centres).exp() for t in times])
+            exact = torch.stack([_exact(problem, t, solver.box.centres) for t in times])
             error, name = found.density - exact.reshape(found.density.shape), "L1 error"
         else:
             fine = tuple((3 if problem.dim == 1 else 2) * n for n in solver.box.cells)
@@ -178,7 +187,7 @@ class Galerkin(Recipe):
         points, weights = solver.product.points, found.weights.reshape(-1)
         values = found.values.reshape(len(times), -1)
         if problem.law_at is not None:
-            exact, name = torch.stack([problem.law_at(t).log_prob(points).exp() for t in times]), "L1 error"
+            exact, name = torch.stack([_exact(problem, t, points) for t in times]), "L1 error"
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # said already of fewer functions
@@ -235,7 +244,7 @@ class Particles(Recipe):
     """
 
     number: int = 4000
-    steps: int = 50
+    steps: int = 100
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
@@ -251,13 +260,33 @@ class Particles(Recipe):
         steps = math.ceil(self.steps / (len(times) - 1))
         generator = torch.Generator().manual_seed(self.seed)
         found = solver.solve(problem.start, times, self.number, steps, generator)
+        _warn_of_walls(problem, found.particles)
         columns = {"KL bound": found.kl_bound, "entropy": found.entropy}
         if problem.law_at is not None:
             pairs = [found.kl(problem.law_at(t), k) for k, t in enumerate(times)]
             divergence, error = torch.tensor(pairs, dtype=torch.float64).T
             columns = {"KL to exact": divergence, "standard error": error, **columns}
         facts = {"particles": self.number, "steps in time": steps * (len(times) - 1)}
-        return Run(found.times.cpu(), _on_cpu(columns), facts, found.particles.cpu())
+        states = zip(found.times.tolist(), found.particles, found.scores, strict=True)
+        velocities = torch.stack([problem.equation.velocity(x, t, score).detach() for t, x, score in states])
+        return Run(found.times.cpu(), _on_cpu(columns), facts, Cloud(*_on_cpu(found.particles, velocities)))
+
+
+def _warn_of_walls(problem: Problem, particles: Tensor) -> None:
+    low, high = torch.tensor(problem.domain).to(particles).T
+    outside = float(((particles < low) | (particles > high)).any(2).double().mean(1).max())
+    if outside > OUTSIDE:
+        walls = "the period, and entropy is that on the line" if problem.boundary == "periodic" else "walls"
+        warnings.warn(
+            f"up to {outside:.2g} of the particles are outside the domain: they do not see {walls}; take solver=grid, "
+            "or a domain that holds the density",
+            stacklevel=3,
+        )
+
+
+def _exact(problem: Problem, time: float, x: Tensor) -> Tensor:
+    """The exact density (N,) at `x` (N, d)."""
+    return log_density(problem.law_at(time), x, f"law_at({time:g})").exp()
 
 
 def _on_cpu(*values):

@@ -1,6 +1,7 @@
 """Samples of a process at several times: what the weak form averages over, and its integrals over time."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -72,8 +73,13 @@ class Snapshots:
     """
 
     def __init__(self, samples: Samples, times: Sequence[float] | Tensor, paths: bool = False):
-        self.times = torch.as_tensor(times, dtype=torch.float64).reshape(-1).tolist()
-        self.parts, self.paths = list(samples), paths
+        try:
+            self.times = torch.as_tensor(times, dtype=torch.float64).reshape(-1).tolist()
+            self.parts, self.paths = [torch.as_tensor(part) for part in samples], paths
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"times are to be numbers, and samples tensors (N, d), one for each: {str(error).splitlines()[0]}"
+            ) from None
         shapes = [tuple(part.shape) for part in self.parts]
         if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][1] or shape[0] < 2 for shape in shapes):
             raise UserError(f"samples have shapes {shapes[:4]}, expected (N, d) with N at least 2, once for each time")
@@ -81,8 +87,11 @@ class Snapshots:
             raise UserError(
                 f"there are {len(shapes)} snapshots and {len(self.times)} times, expected as many, 2 or more"
             )
-        if not all(earlier < later for earlier, later in itertools.pairwise(self.times)):
-            raise UserError(f"times are {self.times}, expected them to rise")
+        rise = all(earlier < later for earlier, later in itertools.pairwise(self.times))
+        if not rise or not all(map(math.isfinite, self.times)):
+            raise UserError(f"times are {self.times}, expected finite ones that rise")
+        if any(part.is_complex() for part in self.parts):
+            raise UserError("samples are complex, expected real numbers")
         if paths and len(set(shapes)) > 1:
             raise UserError(f"snapshots of paths have {sorted({s[0] for s in shapes})} points, expected equal numbers")
         for t, part in zip(self.times, self.parts, strict=True):

@@ -90,8 +90,11 @@ class WeakResidual:
 
     @property
     def limit(self) -> float:
-        """What the largest |z| of the right equation exceeds with a probability of at most CHANCE / 2 (Bonferroni)."""
-        return float(-special.ndtri(CHANCE / (4 * len(self.residual))))
+        """What the largest |z| of the right equation exceeds with a probability of at most CHANCE / 2 (Bonferroni).
+
+        By Student's law, for standard errors are found from as few as `points` samples.
+        """
+        return float(-special.stdtrit(self.points - 1, CHANCE / (4 * len(self.residual))))
 
     @property
     def chi_square(self) -> tuple[float, int]:

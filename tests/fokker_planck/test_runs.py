@@ -44,7 +44,7 @@ def test_the_two_solvers_draw_the_same_currents():
 def test_particles_tell_the_divergence_from_the_exact_law():
     problem = problems.ornstein_uhlenbeck(2)
     run = runs.Particles(600, 20, {"hidden": [16], "draws": 500}, seed=1)(problem, TIMES)
-    assert run.picture.shape == (3, 600, 2)
+    assert run.picture.places.shape == run.picture.velocities.shape == (3, 600, 2)
     assert float(run.columns["KL to exact"].abs().max()) < 0.02
 
 
