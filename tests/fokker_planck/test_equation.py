@@ -280,3 +280,14 @@ def test_the_flow_goes_one_way(times, points, user_error):
     equation = FokkerPlanck(lambda x, t: -x, 1.0)
     with user_error("times", "rising or falling"):
         equation.follow(points, times, lambda x, t: -x)
+
+
+@pytest.mark.parametrize("hidden", [lambda u: u.detach(), lambda u: torch.tensor(u.tolist(), dtype=u.dtype)])
+def test_noise_of_a_difference_that_torch_does_not_see_is_named(hidden):
+    def diffusion(x, t):
+        q = 1 + 0.4 * torch.tanh(hidden(x[:, 0] - x[:, 1]))
+        return torch.stack([q, 0.3 * q + 0.2], 1)
+
+    x = torch.randn(40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match=r"torch does not see how g g.T changes with x"):
+        FokkerPlanck(lambda x, t: -x, diffusion).covariance_divergence(x, 0.0)

@@ -206,3 +206,27 @@ def test_bad_input_is_named(case):
     make, message = BAD[case]
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("number", "warned"), [(200, True), (2000, False)])
+def test_few_samples_are_said(number, warned):
+    x = ou(number, 0)
+    waves = families.RandomFourier.adapted(x, 24, randomness())
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        fit(x, TIMES, LINEAR, CONSTANT, waves)
+    assert len([one for one in found if "samples at a time are few" in str(one.message)]) == int(warned)
+
+
+def test_a_fit_whose_weights_go_to_and_fro_settles():
+    """The rank of the covariance, as it is cut, differs from one update to the next and back for these draws."""
+    g, times = randomness(5040), torch.linspace(0, 1, 9, dtype=torch.float64).tolist()
+
+    def normal():
+        return torch.randn(2000, 1, generator=g, dtype=torch.float64)
+
+    x = [1 + 0.5 * normal()]
+    for t in times[1:]:
+        x.append(math.exp(-t) * (1 + 0.5 * normal()) + math.sqrt(1 - math.exp(-2 * t)) * normal())
+    found = fit(torch.stack(x), times, LINEAR, CONSTANT, families.RandomFourier.adapted(torch.stack(x), 24, g))
+    assert bool(((found.coefficients - OU).abs() < 3 * found.standard_errors).all())

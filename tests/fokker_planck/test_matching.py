@@ -1,6 +1,7 @@
 """The weak form as an objective: unbiased, zero for the right equation, well conditioned, and equations are learned."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -238,3 +239,18 @@ def test_bad_input_is_named(case):
     call, message = BAD[case]
     with pytest.raises(UserError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("times", "warned"), [([0.0, 1.0, 2.0, 3.0], True), ([0.0, 3.0], True), (TIMES, False)], ids=["four", "two", "nine"]
+)
+def test_times_that_do_not_resolve_the_rates_are_said_while_a_network_is_trained(times, warned):
+    problem, g = problems.ornstein_uhlenbeck(1, start=problems.gaussian(1.0, 0.5)), randomness()
+    x = torch.stack([problem.law_at(t).sample(5000, g) for t in times])
+    objective, data = WeakMatching(x, times, waves(x, 24), noise), paired(x).values.double()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(300):
+            rows = torch.randint(len(data), (256,), generator=g)
+            objective(lambda x, t: -x, Batch(data[rows], None, g))
+    assert len([one for one in found if "the integrals over" in str(one.message)]) == int(warned)

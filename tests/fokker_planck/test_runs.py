@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import math
+import warnings
 
 import pytest
 import torch
 from PIL import Image
 
-from diffusion.fokker_planck import GridSolver, problems, runs
+from diffusion.fokker_planck import FokkerPlanck, GalerkinSolver, GridSolver, Legendre, ParticleSolver, problems, runs
+from diffusion.fokker_planck.laws import gaussian
+from diffusion.fokker_planck.pictures import save_picture
 
 TIMES = [0.0, 0.3, 0.6]
 
@@ -141,3 +144,79 @@ def test_densities_between_two_cells(axis):
     torch.testing.assert_close(found(cubic, False)[1:-1], exact[1:-1], rtol=1e-14, atol=0)
     torch.testing.assert_close(found(cubic, False)[[0, -1]], (cubic[[0, -2]] + cubic[[1, -1]]) / 2, rtol=1e-14, atol=0)
     torch.testing.assert_close(found(wave, True), (math.tau * middle / 12).sin(), rtol=0, atol=0.002)
+
+
+SMALL = {"hidden": [16], "draws": 500}
+
+
+def counted(monkeypatch):
+    """What ParticleSolver.solve is given."""
+    seen, solve = [], ParticleSolver.solve
+
+    def noted(self, start, times, number, steps, generator):
+        seen.append((steps, generator.initial_seed(), self.seed))
+        return solve(self, start, times, number, steps, generator)
+
+    monkeypatch.setattr(ParticleSolver, "solve", noted)
+    return seen
+
+
+def test_steps_of_particles_are_counted_in_all_and_the_seed_is_used(monkeypatch):
+    seen = counted(monkeypatch)
+    run = runs.Particles(400, 20, SMALL, seed=7)(problems.ornstein_uhlenbeck(), TIMES)
+    assert seen == [(10, 7, 7)] and run.facts["steps in time"] == 20
+
+
+@pytest.mark.parametrize(
+    ("boundary", "drift", "said"),
+    [("reflecting", 0.0, "walls"), ("periodic", 1.0, "the period"), ("reflecting", -9.0, "")],
+)
+def test_particles_beyond_the_walls_are_said(boundary, drift, said):
+    equation = FokkerPlanck(lambda x, t: drift * x if drift < 0 else drift + 0 * x, 1.0)
+    problem = problems.Problem(equation, gaussian(0.0, 0.1), ((-1.5, 1.5),), 2.0, boundary)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        runs.Particles(400, 20, SMALL)(problem, [0.0, 2.0])
+    told = [str(one.message) for one in found if "of the particles are outside the domain" in str(one.message)]
+    assert len(told) == bool(said) and all(f"they do not see {said}" in text for text in told)
+
+
+def test_currents_of_particles_are_drawn(tmp_path):
+    """The flow through the bins of Gaussian particles that drift without noise is their density times the drift."""
+    equation = FokkerPlanck(lambda x, t: 2 + 0 * x, 1e-3)
+    problem = problems.Problem(equation, gaussian(0.0, 0.3), ((-9.0, 9.0),), 0.5)
+    run = runs.Particles(400, 4, SMALL)(problem, [0.0, 0.5])
+    torch.testing.assert_close(run.picture.velocities, 2 + 0 * run.picture.places, atol=1e-3, rtol=0)
+    with Image.open(save_picture(run, tmp_path / "density.png")) as image:
+        assert image.size[0] > 1000
+
+
+class Odd:
+    def __init__(self, found):
+        self.found = found
+
+    def log_prob(self, x):
+        if self.found is None:
+            raise RuntimeError("no such law")
+        return self.found
+
+
+OU = problems.ornstein_uhlenbeck()
+ODD = {
+    "equation": (lambda: dataclasses.replace(OU, equation=None), "equation=NoneType, expected a FokkerPlanck"),
+    "no law": (lambda: runs.Grid(40)(dataclasses.replace(OU, law_at=lambda t: 3), TIMES), "law_at(0) is int"),
+    "start fails": (lambda: runs.Grid(40)(dataclasses.replace(OU, start=Odd(None)), TIMES), "start.log_prob(x) fails"),
+    "start number": (lambda: runs.Grid(40)(dataclasses.replace(OU, start=Odd(1.0)), TIMES), "start.log_prob(x) gives"),
+    "no time": (lambda: runs.Grid(40)(OU, [0.0, 1e-320]), "expected rising finite numbers"),
+    "grid": (lambda: GridSolver(None, [(0, 1)]), "the equation is NoneType"),
+    "bases": (lambda: GalerkinSolver(OU.equation, 3), "bases is 3"),
+    "interval": (lambda: Legendre(10, "a", 2), "from 'a' to 2"),
+    "particles": (lambda: ParticleSolver(lambda x, t: -x), "expected a FokkerPlanck"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_input_is_named(case, user_error):
+    call, words = ODD[case]
+    with user_error(words):
+        call()

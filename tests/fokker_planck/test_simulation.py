@@ -334,3 +334,29 @@ def test_the_probability_flow_of_turning_gaussians_keeps_their_distance():
     moved = followed(problem, x, [0.0, problem.horizon])[-1] - end.mean
     ratio = end.covariance[0, 0] / problem.start.covariance[0, 0]
     assert torch.allclose(moved.square().sum(1), ratio * (x - problem.start.mean).square().sum(1), atol=1e-6)
+
+
+def narrow(x, t):
+    return -x[:, :1]
+
+
+def flat(x, t):
+    return -x[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("score", "options", "words"),
+    [
+        (narrow, {}, r"the score is shape \(8, 1\) for x \(8, 2\)"),
+        (flat, {}, r"the score is shape \(8,\) for x \(8, 2\)"),
+        (lambda x, t: x * math.nan, {}, "the score is not finite at t=0"),
+        (lambda x, t: -1e3 * x**3, {}, "cannot be followed beyond t=.*underflow"),
+        (lambda x, t: -x, {"tolerance": 0.0}, "tolerance is 0.0"),
+        (lambda x, t: -x, {"times": []}, "times are"),
+    ],
+    ids=["narrow", "flat", "nan", "explosive", "tolerance", "times"],
+)
+def test_scores_that_the_probability_flow_cannot_follow(score, options, words):
+    x = torch.randn(8, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UserError, match=words):
+        FokkerPlanck(lambda x, t: -x, 1.0).follow(x, **{"times": [0.0, 1.0], "score": score} | options)

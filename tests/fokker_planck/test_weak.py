@@ -280,3 +280,14 @@ def test_bad_input_is_named(case):
     call, message = BAD[case]
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_few_points_do_not_refuse_the_right_equation():
+    """Standard errors from three points are small by chance: by the normal law 6 of 100 were refused."""
+    problem, refused = turned(), 0
+    for seed in range(60):
+        x = draws(problem, 3, seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            refused += not weak_residual(x, TIMES, problem.equation.drift, problem.equation.diffusion, smooth(x)).passed
+    assert refused == 0
