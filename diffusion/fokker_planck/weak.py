@@ -5,6 +5,7 @@ For every test function phi, E phi(x_T) - E phi(x_0) = int_0^T E[L phi](t) dt wi
 Where samples are reflected by a wall this holds only for phi whose slope across the wall vanishes there.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from diffusion.fokker_planck.snapshots import Snapshots
 CHANCE = 1e-3  # that the right equation fails
 ROUNDING = 1e-10  # of the largest standard error; one that is smaller says nothing
 COARSE = 0.5  # standard errors that the integral over time may be off before there is a warning
+SWING = 0.5  # of its root mean square, that drift or covariance may be off between two times from a straight line
+ASKED = 256  # points, at which they are asked between times
 RANK = (
     1e-3  # of the largest eigenvalue of a correlation matrix; below, combinations live on few samples and are left out
 )
@@ -171,11 +174,13 @@ def weak_residual(
         UserError: samples and times do not fit, or drift and diffusion have wrong shapes.
 
     Warns:
-        the times are too coarse: the quadrature may be off by more than COARSE standard errors.
+        the times are too coarse: the quadrature may be off by more than COARSE standard errors, or drift or diffusion
+            swing between them.
     """
     snapshots = Snapshots(samples, times, paths)
     equation, number = FokkerPlanck(drift, diffusion), test_functions.number
     weights, doubt = snapshots.integral(degree)
+    _warn_of_swings(equation, snapshots)
     ends = [-1.0] + [0.0] * (len(weights) - 2) + [1.0]
 
     def rows(k: int, x: Tensor) -> Tensor:
@@ -199,3 +204,23 @@ def weak_residual(
             stacklevel=2,
         )
     return WeakResidual(mean[:number], covariance, mean[number:].abs(), share, snapshots.points, tuple(snapshots.times))
+
+
+def _warn_of_swings(equation: FokkerPlanck, snapshots: Snapshots) -> None:
+    """Warn where drift or covariance, at the same points, do something between two times that these do not show."""
+    for name, function in (("drift", equation.drift), ("covariance", equation.covariance)):
+        gaps, sizes = [], []
+        for part, (start, stop) in zip(snapshots.parts, itertools.pairwise(snapshots.times), strict=False):
+            x = part[:ASKED].double()
+            first, last = function(x, start), function(x, stop)
+            sizes.append(first.square().mean())
+            for share in (0.25, 0.5, 0.75):
+                between = function(x, start + share * (stop - start))
+                gaps.append((between - torch.lerp(first, last, share)).square().mean())
+        gap, size = float(max(gaps)) ** 0.5, float(sum(sizes) / len(sizes)) ** 0.5
+        if gap > SWING * size:
+            warnings.warn(
+                f"between the times the {name} is {gap:.2g} off from what it is at them, where its size is {size:.2g}: "
+                "the integral over time does not see that, take more times",
+                stacklevel=3,
+            )

@@ -291,3 +291,18 @@ def test_few_points_do_not_refuse_the_right_equation():
             warnings.simplefilter("ignore")
             refused += not weak_residual(x, TIMES, problem.equation.drift, problem.equation.diffusion, smooth(x)).passed
     assert refused == 0
+
+
+@pytest.mark.parametrize(("waves", "said"), [(8, True), (1, False)])
+def test_a_drift_that_swings_between_the_times_is_named(waves, said):
+    """x = y + 0.05 sin(2 pi waves t): with 8 of them, the eight steps between nine times are one wave each."""
+    problem, rate = problems.ornstein_uhlenbeck(1), math.tau * waves
+
+    def drift(x, t):
+        return -(x - 0.05 * torch.sin(rate * t)[:, None]) + 0.05 * rate * torch.cos(rate * t)[:, None]
+
+    x = draws(problem, 500) + 0.05 * torch.sin(rate * torch.tensor(TIMES).double())[:, None, None]
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        weak_residual(x, TIMES, drift, problem.equation.diffusion, smooth(x))
+    assert any("between the times the drift is" in str(one.message) for one in found) == said
