@@ -51,8 +51,11 @@ def _check_order(order: int) -> None:
 
 
 def _check_interval(low: float, high: float) -> None:
-    numbers = isinstance(low, int | float) and isinstance(high, int | float)
-    if not (numbers and math.isfinite(low) and math.isfinite(high) and low < high):
+    try:
+        rising = -math.inf < float(low) < float(high) < math.inf
+    except (TypeError, ValueError):
+        rising = False
+    if not rising:
         raise UserError(f"the interval is from {low!r} to {high!r}, expected two rising, finite numbers")
 
 

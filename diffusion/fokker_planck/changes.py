@@ -6,7 +6,8 @@ from torch import Tensor
 from diffusion.fokker_planck.equation import FokkerPlanck
 
 MOMENTS = 256
-PLACES = 1024
+PLACES = 256
+AT_ONCE = 16_384  # points in time and space
 SWING = 0.5  # of the range of what changes, that it moves from one of the times to the next
 LEAST = 1.2  # ranges that it moves in all; one, if it only rises or only falls
 MOST = 64  # times
@@ -24,8 +25,11 @@ def turning_times(equation: FokkerPlanck, points: Tensor, start: float, stop: fl
     some = points[order.to(points.device)]
     times = torch.linspace(start, stop, MOMENTS + 2, dtype=torch.float64)[1:-1]
     moved = torch.zeros(MOMENTS - 1, dtype=torch.float64)
-    for values in equation.over(some, times.tolist()):
-        course = values.detach().reshape(MOMENTS, -1)
+    with torch.no_grad():
+        found = [equation.over(some, part.tolist()) for part in times.split(max(2, AT_ONCE // len(some)))]
+    for parts in zip(*found, strict=True):
+        most = max(part.dim() for part in parts)
+        course = torch.cat([_widened(part, most, some.shape[1]) for part in parts]).reshape(MOMENTS, -1)
         low, high = course.aminmax(dim=0)
         changing = high - low > ROUNDING * course.abs().max()
         moves = course[:, changing].diff(dim=0).abs() / (high - low)[changing]
@@ -39,3 +43,10 @@ def turning_times(equation: FokkerPlanck, points: Tensor, start: float, stop: fl
     apart = max(SWING, total / MOST)
     marks = torch.arange(apart / 10, total, apart, dtype=moved.dtype)
     return times[torch.searchsorted(moved, marks)].unique().tolist()
+
+
+def _widened(values: Tensor, dim: int, coordinates: int) -> Tensor:
+    """Noise (K, n), (K, n, d) or (K, n, d, d) in the shape of so many dimensions."""
+    if values.dim() == 2 < dim:
+        values = values[..., None].expand(-1, -1, coordinates)
+    return values.diag_embed() if values.dim() == 3 < dim else values

@@ -217,7 +217,7 @@ class GalerkinSolution:
                 reach = wall / torch.maximum(slope, 4 * wall.abs() / length).clamp_min(TINY)
                 across = weights[end] / basis.rule().roots[end].square().to(weights) * reach
                 was, found = (float((p * across).sum()) for p in (before, wall))
-                if found > beyond and abs(was) < (beyond if self.standard_errors is None else found) / 10:
+                if found > beyond and abs(was) < found / (100 if self.standard_errors is None else 10):
                     warnings.warn(
                         f"mass has come to lie at the wall of axis {axis} at {place:.6g}: about {min(found, 1.0):.2g} "
                         "of it would be beyond, if the domain went on; if the wall is not meant to hold it, take a "

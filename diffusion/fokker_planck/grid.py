@@ -90,11 +90,12 @@ class GridSolver:
     resolve the start, there is no mass at walls, and no more than H = int f / D = 32 goes around a circle; otherwise of
     second order, as currents and entropy production always are. There what moves is spread by more than its noise D, by
     the share (w / 2) coth(w / 2) - 1 with w = f h / D: 8 % at w = 1, 31 % at 2, beyond which the grid is called too
-    coarse; at rest nothing is. Of first order where a full matrix meets a reflecting wall with mass at it, and along
-    coordinates without noise. Mass is kept to rounding, no density is negative, a Gibbs state is stationary, and so is
-    a constant current in one dimension. In time it is exact where the equation does not change, or by a factor only;
-    otherwise steps of order 4 are chosen by a tolerance; with a part of second order in time, which is to the error in
-    space as the square of the step is to 1. Densities below about 1e-14 of the highest are rounding noise.
+    coarse; at rest nothing is. Of first order where noise leaps, where a full matrix meets a reflecting wall with mass
+    at it, and along coordinates without noise. Mass is kept to rounding, no density is negative, a Gibbs state is
+    stationary, and so is a constant current in one dimension. In time it is exact where the equation does not change,
+    or by a factor only; otherwise steps of order 4 are chosen by a tolerance; with a part of second order in time,
+    which is to the error in space as the square of the step is to 1. Densities below about 1e-14 of the highest are
+    rounding noise.
 
     Args:
         equation: the equation; asked for points of the domain only.
@@ -202,10 +203,12 @@ class GridSolver:
     def stationary(self, time: float = 0.0) -> GridSolution:
         """The density (1, *cells) of mass 1 that the equation, as it is at one time, keeps.
 
-        In closed form where nothing flows at rest, otherwise by a sparse factorisation; see `stationary`.
+        In closed form in one dimension and where nothing flows at rest, otherwise by a sparse factorisation; see
+        `stationary`.
 
         Raises:
-            UserError: a face is absorbing, or the grid falls into parts between which nothing moves.
+            UserError: a face is absorbing; the grid falls into parts between which nothing moves, or so little that
+                rounding decides how much mass each has.
         """
         jumps = jumps_at(self.equation, self.box, float(time))
         mass = stationary(JumpProcess(self.box, jumps))

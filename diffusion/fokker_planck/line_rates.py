@@ -24,7 +24,7 @@ TINY = 1e-300
 BENT, SMALL = 0.1, 1e-8  # share of a slope, and slope, by which it may bend along a line, or
 LEAP = 1.1  # mean of D over its harmonic mean, up to which lines are not looked at in
 PARTS = 16  # parts,
-MANY = 1 / 8  # of all lines at most
+FEW, MANY = 8, 1 / 8  # lines, or share of them, at most
 LESS = 30.0  # times less noise at a centre than around it is no noise of the cell
 
 Offset = tuple[int, ...]
@@ -172,7 +172,7 @@ class Axes:
     def _looked_at(self, e: Offset, start: Tensor, step: Tensor | float, lines: "Lines") -> "Lines":
         """With more points on those that are rough, unless they are many."""
         (rough,) = namespace(lines.w).where(lines.rough.any(0))
-        if len(rough) <= MANY * len(start):
+        if len(rough) <= max(FEW, MANY * len(start)):
             some = torch.as_tensor(rough)
             length, axis = step[some] if isinstance(step, Tensor) else step, e.index(1)
             drift, d = self._asked(self._places(e, start[some], length, self.fine))

@@ -153,10 +153,10 @@ class _TimeRule:
     def __init__(self, factors: Tensor, off: Tensor, chance: Tensor, points: int):
         self.factors, self.off, self.chance, self.points = factors, off, chance, points
         self.mean = self.variance = torch.zeros_like(off)
-        self.seen, self.said = 0, False
+        self.seen, self.doubted, self.said = 0, False, False
 
     def look_at(self, rates: Tensor) -> None:
-        """Those of a batch (B, K, F); warns, once, after REMEMBERED of them."""
+        """Those of a batch (B, K, F); warns once, if what it finds is too much REMEMBERED batches later, too."""
         if self.said:
             return
         rows = torch.einsum("km,bkf->bmf", self.factors.to(rates), rates).flatten(1)
@@ -170,7 +170,8 @@ class _TimeRule:
         kept = self.chance > 1e-12 * self.chance.max()
         excess = (((self.mean + self.off).square() - doubt) / self.chance)[kept].mean()
         off = float(excess.clamp_min(0).sqrt())
-        if off > COARSE:
+        before, self.doubted = self.doubted, off > COARSE
+        if before and self.doubted:
             self.said = True
             warnings.warn(
                 f"the integrals over {len(self.factors)} times may be off by {off:.2g} standard errors for the network "

@@ -21,6 +21,7 @@ NOISELESS = 50.0  # times as many cells as there are, above which it is no use t
 LEAP = 0.05  # of g g^T at both places together, by which the change of it may differ from that of its derivatives
 AT_WALLS = 1e-3  # of the mass, at the ends of a period
 BEYOND = 1e-3  # of the mass, that would be beyond walls
+AT_WALL = 1e-3  # of a cell, from the wall: there noise and drift may be looked at
 CUT = 1e-3  # of the largest drift, by which it may differ between two ends that are one place
 SWING, SWING_SHARE = 0.05, 0.5  # see Jumps; of the mass: less may be on either side of a leap, which does no harm
 
@@ -112,20 +113,23 @@ def warn_if_at_walls(box: Box, masses: Tensor, equation: FokkerPlanck, times: Se
     axes, last, time = [i for i, word in enumerate(box.boundary) if word == "reflecting"], masses[-1], times[-1]
     if not axes or not bool((last @ box.walls * max(box.cells) > BEYOND * last.sum(1)).any()):
         return
-    drift, a = equation.drift(box.centres, time).detach(), equation.covariance(box.centres, time).detach()
-    noise = (a.diagonal(dim1=1, dim2=2) if a.dim() == 3 else a.reshape(box.number, -1).expand_as(drift)) / 2
     reach = torch.zeros(box.number, dtype=torch.float64, device=masses.device)
     for axis in axes:
-        places, spread = box.centres[:, axis], noise[:, axis]
-        for outward, wall in ((1, places == places.max()), (-1, places == places.min())):
-            push = outward * drift[:, axis]
+        places, (low, high) = box.centres[:, axis], box.domain[axis]
+        for outward, end, wall in ((1, high, places == places.max()), (-1, low, places == places.min())):
+            x = box.centres[wall]
+            x[:, axis] = end - outward * AT_WALL * box.widths[axis]
+            a = equation.covariance(x, time).detach()
+            spread = (a.diagonal(dim1=1, dim2=2) if a.dim() == 3 else a.reshape(len(x), -1).expand_as(x))[:, axis] / 2
+            push = outward * equation.drift(x, time).detach()[:, axis]
             far = (2 * spread * (time - times[0])).sqrt() + push.clamp_min(0) * (time - times[0])
             far = torch.where(push < 0, torch.minimum(far, spread / push.abs()), far)
-            reach += wall * (far / box.widths[axis]).clamp_max(box.cells[axis])
-    first, last = (float((mass @ reach / mass.sum(1).clamp_min(SMALLEST)).max()) for mass in masses[[0, -1]])
-    if last > BEYOND and first < BEYOND / 100:
+            reach[wall] += (far / box.widths[axis]).clamp_max(box.cells[axis])
+    first, last = (mass @ reach / mass.sum(1).clamp_min(SMALLEST) for mass in masses[[0, -1]])
+    beyond = float(torch.where(first < last / 100, last, 0.0).max())
+    if beyond > BEYOND:
         warnings.warn(
-            f"mass has come to lie at reflecting walls: about {min(last, 1.0):.2g} of it would be beyond, if the "
+            f"mass has come to lie at reflecting walls: about {min(beyond, 1.0):.2g} of it would be beyond, if the "
             "domain went on; if these are not meant to hold it, take a larger domain, or absorbing walls to see what "
             "leaves",
             stacklevel=stacklevel + 1,
