@@ -6,8 +6,7 @@ from torch import Tensor
 from diffusion.fokker_planck.equation import FokkerPlanck
 
 MOMENTS = 256
-PLACES = 256
-AT_ONCE = 16_384  # points in time and space
+PLACES = 128
 SWING = 0.5  # of the range of what changes, that it moves from one of the times to the next
 LEAST = 1.2  # ranges that it moves in all; one, if it only rises or only falls
 MOST = 64  # times
@@ -26,13 +25,15 @@ def turning_times(equation: FokkerPlanck, points: Tensor, start: float, stop: fl
     times = torch.linspace(start, stop, MOMENTS + 2, dtype=torch.float64)[1:-1]
     moved = torch.zeros(MOMENTS - 1, dtype=torch.float64)
     with torch.no_grad():
-        found = [equation.over(some, part.tolist()) for part in times.split(max(2, AT_ONCE // len(some)))]
-    for parts in zip(*found, strict=True):
-        most = max(part.dim() for part in parts)
-        course = torch.cat([_widened(part, most, some.shape[1]) for part in parts]).reshape(MOMENTS, -1)
+        found = equation.over(some, times.tolist())
+    for values in found:
+        course = values.reshape(MOMENTS, -1)
         low, high = course.aminmax(dim=0)
-        changing = high - low > ROUNDING * course.abs().max()
-        moves = course[:, changing].diff(dim=0).abs() / (high - low)[changing]
+        size = float(torch.maximum(high.max(), -low.min()))
+        changing = high - low > ROUNDING * size
+        if not bool(changing.all()):
+            course, low, high = course[:, changing], low[changing], high[changing]
+        moves = course.diff(dim=0).abs_().div_(high - low)
         moves = moves[:, moves.sum(0) > LEAST]
         if moves.numel():
             moved = torch.maximum(moved, moves.amax(1).to(moved))
@@ -43,10 +44,3 @@ def turning_times(equation: FokkerPlanck, points: Tensor, start: float, stop: fl
     apart = max(SWING, total / MOST)
     marks = torch.arange(apart / 10, total, apart, dtype=moved.dtype)
     return times[torch.searchsorted(moved, marks)].unique().tolist()
-
-
-def _widened(values: Tensor, dim: int, coordinates: int) -> Tensor:
-    """Noise (K, n), (K, n, d) or (K, n, d, d) in the shape of so many dimensions."""
-    if values.dim() == 2 < dim:
-        values = values[..., None].expand(-1, -1, coordinates)
-    return values.diag_embed() if values.dim() == 3 < dim else values

@@ -144,7 +144,8 @@ class GridSolver:
     ) -> GridSolution:
         """The density at rising `times`, the first of which is that of the start.
 
-        A push that is over within a 256th of the time may not be seen: give times around it.
+        A push that is over within a 256th of the time, or is in a hundredth of the domain only, may not be seen: give
+        times around it.
 
         Args:
             start: a law, or densities (*cells) or (B, *cells), of any mass.
