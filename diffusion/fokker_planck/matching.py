@@ -26,7 +26,7 @@ from diffusion.fokker_planck.weak import COARSE, exceeded, quadratic_form, white
 from diffusion.objectives import Batch
 
 ACCURACY = 0.1  # u: an error of the drift, in standard deviations of the samples over all the time
-REMEMBERED = 100  # batches, whose rates tell whether the times resolve them
+REMEMBERED = 100  # batches, whose mean rates tell whether the times resolve them
 
 
 def paired(samples: Samples) -> TensorData:
@@ -156,17 +156,17 @@ class _TimeRule:
         self.seen, self.doubted, self.said = 0, False, False
 
     def look_at(self, rates: Tensor) -> None:
-        """Those of a batch (B, K, F); warns once, if what it finds is too much REMEMBERED batches later, too."""
+        """Those of a batch (B, K, F); warns once, if they are too coarse for REMEMBERED batches and the next, too."""
         if self.said:
             return
         rows = torch.einsum("km,bkf->bmf", self.factors.to(rates), rates).flatten(1)
         self.seen += 1
-        share = 1 / min(self.seen, REMEMBERED)
-        self.mean = torch.lerp(self.mean, rows.mean(0).to(self.mean), share)
-        self.variance = torch.lerp(self.variance, rows.var(0).to(self.variance), share)
-        if self.seen < REMEMBERED or self.seen % REMEMBERED:
+        self.mean = torch.lerp(self.mean, rows.mean(0).to(self.mean), 1 / self.seen)
+        self.variance = torch.lerp(self.variance, rows.var(0).to(self.variance), 1 / self.seen)
+        if self.seen < REMEMBERED:
             return
-        doubt = 4 * self.variance * (1 / self.points + share / len(rates))
+        doubt = 4 * self.variance * (1 / self.points + 1 / (self.seen * len(rates)))
+        self.seen = 0
         kept = self.chance > 1e-12 * self.chance.max()
         excess = (((self.mean + self.off).square() - doubt) / self.chance)[kept].mean()
         off = float(excess.clamp_min(0).sqrt())

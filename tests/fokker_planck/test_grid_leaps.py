@@ -73,6 +73,16 @@ def test_the_split_rule_integrates_from_the_start_to_each_node():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.filterwarnings("ignore:the grid is too coarse")
+@pytest.mark.parametrize("cells", [100, 101, 300, 301])
+def test_a_place_without_noise_is_left_with_the_drift(cells):
+    """Noise on the right of 0 only, where cells of an odd number have a centre: the drift takes all across."""
+    equation = FokkerPlanck(lambda x, t: 1 + 0 * x, lambda x, t: (x[:, 0] > 0).to(x))
+    solver = GridSolver(equation, [(-4, 4)], cells)
+    found = solver.solve(gaussian(-1.5, 0.2), [0.0, 2.5]).density[-1]
+    assert left_half(solver, found) < 0.03
+
+
 def two_wells(height, dim=1):
     """V = height cos 2x - x / 2 around a circle at temperature 1: both wells are alike, and there is a current."""
 
@@ -164,8 +174,8 @@ def test_a_double_well_that_turns_is_not_taken_for_one_at_rest(height):
 def test_mass_that_comes_to_walls_is_said_for_each_start(slope, duration):
     """With the one start there is a little at the walls from the first, which is not to hide what comes."""
     solver = GridSolver(FokkerPlanck(lambda x, t: slope * x, 1.0), [(-2.5, 2.5)], 128)
-    starts = torch.stack([solver.density(gaussian(0.0, std)) for std in (0.3, 0.5)])
-    for start in (starts, starts[1]):
+    inner, outer = (solver.density(gaussian(0.0, std)) for std in (0.3, 0.5))
+    for start in (torch.stack([inner, outer]), outer, torch.stack([inner, torch.full_like(inner, 0.2)])):
         with pytest.warns(UserWarning, match="mass has come to lie at reflecting walls"):
             solver.solve(start, [0.0, duration])
 

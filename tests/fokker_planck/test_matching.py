@@ -241,16 +241,39 @@ def test_bad_input_is_named(case):
         call()
 
 
-@pytest.mark.parametrize(
-    ("times", "warned"), [([0.0, 1.0, 2.0, 3.0], True), ([0.0, 3.0], True), (TIMES, False)], ids=["four", "two", "nine"]
-)
-def test_times_that_do_not_resolve_the_rates_are_said_while_a_network_is_trained(times, warned):
+def told_of_times(times, number, rows, drifts):
+    """Whether it is said that the times are too coarse, in 100 batches with each of the drifts."""
     problem, g = problems.ornstein_uhlenbeck(1, start=problems.gaussian(1.0, 0.5)), randomness()
-    x = torch.stack([problem.law_at(t).sample(5000, g) for t in times])
+    x = torch.stack([problem.law_at(t).sample(number, g) for t in times])
     objective, data = WeakMatching(x, times, waves(x, 24), noise), paired(x).values.double()
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        for _ in range(300):
-            rows = torch.randint(len(data), (256,), generator=g)
-            objective(lambda x, t: -x, Batch(data[rows], None, g))
-    assert len([one for one in found if "the integrals over" in str(one.message)]) == int(warned)
+        for drift in drifts:
+            for _ in range(100):
+                objective(drift, Batch(data[torch.randint(len(data), (rows,), generator=g)], None, g))
+    return len([one for one in found if "the integrals over" in str(one.message)])
+
+
+def right(x, t):
+    return -x
+
+
+def wild(x, t):
+    return -500 * x * (20 * t[:, None]).cos()
+
+
+@pytest.mark.parametrize(
+    ("times", "number", "rows", "drifts", "said"),
+    [
+        ([0.0, 1.0, 2.0, 3.0], 5000, 256, [right] * 3, 1),
+        ([0.0, 3.0], 5000, 256, [right] * 3, 1),
+        (TIMES, 5000, 256, [right] * 3, 0),
+        (TIMES, 5000, 2, [right] * 3, 0),
+        (TIMES, 200, 256, [right] * 3, 0),
+        (TIMES, 5000, 256, [wild, right, right], 0),
+        (TIMES, 5000, 256, [right, wild, wild], 1),
+    ],
+    ids=["four", "two", "nine", "small-batches", "few", "at-first", "in-the-end"],
+)
+def test_times_that_do_not_resolve_the_rates_are_said_while_a_network_is_trained(times, number, rows, drifts, said):
+    assert told_of_times(times, number, rows, drifts) == said
