@@ -155,7 +155,7 @@ class Axes:
         if not bool((own < usual / LESS).any()):
             return own
         own = self._own(e)[:, as_array(cells)]
-        return namespace(own).where(own < namespace(own).minimum(thin, usual / LESS), usual, own)
+        return namespace(own).where(own < namespace(own).minimum(2 * thin, usual), usual, own)
 
     def _own(self, e: Offset) -> Array:
         """D (P, n) at the centres; where it is next to 0 there but not on either side, the less of these."""

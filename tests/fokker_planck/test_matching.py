@@ -268,7 +268,7 @@ def wild(x, t):
         ([0.0, 1.0, 2.0, 3.0], 5000, 256, [right] * 3, 1),
         ([0.0, 3.0], 5000, 256, [right] * 3, 1),
         (TIMES, 5000, 256, [right] * 3, 0),
-        (TIMES, 5000, 2, [right] * 3, 0),
+        (TIMES, 40_000, 2, [right] * 3, 0),
         (TIMES, 200, 256, [right] * 3, 0),
         (TIMES, 5000, 256, [wild, right, right], 0),
         (TIMES, 5000, 256, [right, wild, wild], 1),
