@@ -161,14 +161,14 @@ class _TimeRule:
             return
         rows = torch.einsum("km,bkf->bmf", self.factors.to(rates), rates).flatten(1)
         self.seen += 1
-        self.mean = torch.lerp(self.mean, rows.mean(0).to(self.mean), 1 / self.seen)
-        self.variance = torch.lerp(self.variance, rows.var(0).to(self.variance), 1 / self.seen)
+        self.mean = torch.lerp(self.mean.to(rows), rows.mean(0), 1 / self.seen)
+        self.variance = torch.lerp(self.variance.to(rows), rows.var(0), 1 / self.seen)
         if self.seen < REMEMBERED:
             return
-        doubt = 4 * self.variance * (1 / self.points + 1 / (self.seen * len(rates)))
+        doubt = 4 * self.variance.to(self.off) * (1 / self.points + 1 / (self.seen * len(rates)))
         self.seen = 0
         kept = self.chance > 1e-12 * self.chance.max()
-        excess = (((self.mean + self.off).square() - doubt) / self.chance)[kept].mean()
+        excess = (((self.mean.to(self.off) + self.off).square() - doubt) / self.chance)[kept].mean()
         off = float(excess.clamp_min(0).sqrt())
         before, self.doubted = self.doubted, off > COARSE
         if before and self.doubted:
