@@ -44,7 +44,8 @@ class GalerkinSolution:
         values: densities at the nodes, (K, N_1, ..., N_d).
         mass_error: |mass - 1|, (K,).
         most_negative: the least density at the nodes where that is negative, otherwise 0, (K,).
-        truncation: L1 size of the density's part in the last eighth of the degrees along each axis, (K, d).
+        truncation: L1 size of the density's part in the last eighth of the degrees along each axis, or as near to what
+            a sparse product leaves out, (K, d).
         at_ends: the density at the ends of each axis, over the others, times the length (K, d); in the symmetrised form
             that of p / chi.
         standard_errors: of the coefficients at the first time, where they come from samples.
@@ -245,12 +246,17 @@ class PositiveDensity(NamedTuple):
 
 
 def _tails(product: Product, coefficients: Tensor, size: Tensor) -> Tensor:
-    """L1 norms (K, d) of the parts in the last eighth of the degrees along each axis; `size` is chi sqrt(w) (n,)."""
-    tails = []
+    """L1 norms (K, d) of the parts in the last eighth of the degrees along each axis; `size` is chi sqrt(w) (n,).
+
+    Of a sparse product these are all that are as near to degrees that are left out.
+    """
+    full = torch.ones(product.shape, dtype=torch.bool, device=coefficients.device)
+    keep, tails = full if product.keep is None else product.keep, []
     for axis, basis in enumerate(product.bases):
         first = int((basis.degrees <= int(basis.degrees[-1]) * 7 / 8).sum())
-        part = coefficients.clone()
-        part.movedim(axis + 1, 1)[:, :first] = 0
+        inner = torch.zeros_like(keep)
+        inner.movedim(axis, 0)[:first] = keep.movedim(axis, 0)[len(basis.degrees) - first :]
+        part = coefficients * ~inner
         tails.append(product.from_modes(part).reshape(len(part), -1).abs() @ size)
     return torch.stack(tails, 1)
 

@@ -1,6 +1,7 @@
 """The Galerkin solver: exponential accuracy, mass, order in time, stationary states, the two forms."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from galerkin_cases import CASES, Case, l1, log_well
 from diffusion.fokker_planck.bases import Fourier, Hermite, Legendre
 from diffusion.fokker_planck.equation import FokkerPlanck
 from diffusion.fokker_planck.galerkin import GalerkinSolver
-from diffusion.fokker_planck.laws import gaussian
+from diffusion.fokker_planck.laws import GaussianMixture, gaussian
 from diffusion.fokker_planck.problems import banana, double_well, ornstein_uhlenbeck, variance_preserving
 from diffusion.fokker_planck.products import hyperbolic_cross, total_degree
 
@@ -199,3 +200,21 @@ def test_three_coordinates():
     x = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(solution.density(x), problem.law_at(0.5).log_prob(x).exp(), rtol=0, atol=1e-6)
     assert float(solution.mass_error.max()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("keep", "order", "said"), [(hyperbolic_cross, 16, True), (hyperbolic_cross, 32, True), (total_degree, 40, False)]
+)
+def test_what_a_sparse_product_leaves_out_is_told(keep, order, said):
+    """A correlated Gaussian lives on mixed degrees, which a hyperbolic cross leaves out first."""
+    covariance = torch.tensor([[1.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
+    start = GaussianMixture(torch.ones(1).double(), torch.zeros(1, 2).double(), covariance[None])
+    problem, bases = ornstein_uhlenbeck(2, turn=1.0, start=start), [Hermite(order, 0.0, 1.0)] * 2
+    solver = GalerkinSolver(problem.equation, bases, keep=keep(bases))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        solution = solver.solve(start, [0.0, 0.2])
+    exact = problem.law_at(0.2).log_prob(solver.product.points).exp()
+    error = float(((solution.values[-1].reshape(-1) - exact).abs() * solution.weights.reshape(-1)).sum())
+    assert error < 2 * float(solution.truncation[-1].max())
+    assert any("the expansion has not decayed" in str(one.message) for one in found) == said
