@@ -2,11 +2,13 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from diffusion.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Term:
 
 def named(terms, kind: str) -> list[Term]:
     """Terms as they are, and other functions as terms called kind[0], kind[1], ..."""
+    if not isinstance(terms, Sequence) or not all(map(callable, terms)):
+        raise UserError(f"the {kind} is {terms!r}, expected a list of functions of (x, t)")
     return [term if isinstance(term, Term) else Term(f"{kind}[{i}]", term) for i, term in enumerate(terms)]
 
 

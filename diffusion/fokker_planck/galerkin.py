@@ -104,7 +104,7 @@ class WeakSolver(ABC):
 
     def _from_law(self, law: Law, tilt: Tilt, tolerance: float) -> Tensor:
         points, roots = self.product.points, self.product.roots
-        log_start = log_density(law, points)
+        log_start = log_density(law, points).detach()
         log_ratio = log_start - tilt.log
         if not bool((log_start < torch.inf).all()) or (not self.symmetrised and float(log_ratio.max()) > OVERFLOW):
             raise UserError("the start is infinite, or far wider than the basis: p / chi overflows; take a wider basis")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffusion.errors import UserError
 from diffusion.fokker_planck.dictionaries import Term, named
-from diffusion.fokker_planck.equation import FokkerPlanck, Function
+from diffusion.fokker_planck.equation import FokkerPlanck, Function, checked
 from diffusion.fokker_planck.moment_equations import Rates, equations, estimate, time_weights
 from diffusion.fokker_planck.scaled_functions import Samples, TestFunctions
 from diffusion.fokker_planck.snapshots import Snapshots
@@ -171,7 +171,7 @@ def fit(
         raise UserError(
             f"fit has {len(names)} terms and time_moments={moments}, expected 1 or more, up to the times - 1"
         )
-    rates = Rates(drift, diffusion, known, test_functions)
+    rates = Rates(drift, diffusion, None if known is None else checked(known), test_functions)
     weights, doubt = snapshots.integral(degree)
     factors = time_weights(snapshots.times, weights, moments, rates.columns)
     mean, covariance = equations(snapshots, rates, factors)

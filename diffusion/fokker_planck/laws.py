@@ -35,7 +35,7 @@ def log_density(law: Law, x: Tensor, name: str = "start") -> Tensor:
     if not isinstance(values, Tensor) or tuple(values.shape) != (len(x),):
         shown = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise UserError(f"{name}.log_prob(x) gives {shown} for x {tuple(x.shape)}, expected {(len(x),)}")
-    return values.detach().to(x)
+    return values.to(x)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from diffusion.errors import UserError
 from diffusion.fokker_planck.correction import Correction
 from diffusion.fokker_planck.equation import FokkerPlanck, act, checked
 from diffusion.fokker_planck.evolution import rising
-from diffusion.fokker_planck.laws import Law
+from diffusion.fokker_planck.laws import Law, log_density
 from diffusion.fokker_planck.learned_score import LearnedScore, learn
 from diffusion.fokker_planck.particle_checks import (
     FAR,
@@ -101,7 +101,7 @@ class ParticleSolution:
     def kl(self, law: Law, index: int = -1) -> tuple[float, float]:
         """KL(particles' law || `law`) at the time of that index, from the held-out particles; its standard error."""
         x = self.particles[index, -self.held_out :]
-        ratio = self.log_density[index, -self.held_out :] - law.log_prob(x)
+        ratio = self.log_density[index, -self.held_out :] - log_density(law, x, "the law").detach()
         return float(ratio.mean()), float(ratio.std() / len(ratio) ** 0.5)
 
 
@@ -178,8 +178,8 @@ class ParticleSolver:
             RuntimeWarning: the steps are too long, or the learned score does not fit the particles.
         """
         times = rising(times)
-        if steps < 1 or number < 1:
-            raise UserError(f"solve has number={number} and steps={steps}, expected at least 1")
+        if not isinstance(steps, int) or not isinstance(number, int) or steps < 1 or number < 1:
+            raise UserError(f"solve has number={number} and steps={steps}, expected whole numbers of at least 1")
         device = devices.pick(self.device)
         state = _beginning(start, number, times[0], device, generator)
         shown, dim = round((1 - self.held_out) * number), state.x.shape[1]
@@ -277,13 +277,18 @@ def _beginning(start: Law, number: int, t: float, device: torch.device, generato
     """Draws of the start law with its log density and score there."""
     parts = []
     for first in range(0, number, CHUNK):
-        x = start.sample(min(CHUNK, number - first), generator).to(device, torch.float64).requires_grad_()
+        try:
+            x = start.sample(min(CHUNK, number - first), generator).to(device, torch.float64).requires_grad_()
+        except (AttributeError, RuntimeError, TypeError) as error:
+            raise UserError(
+                f"the start is {type(start).__name__}, and draws from it fail: {str(error).splitlines()[0]}"
+            ) from error
         with torch.enable_grad():
-            log_density = start.log_prob(x)
-            if not log_density.requires_grad:
+            logs = log_density(start, x)
+            if not logs.requires_grad:
                 raise UserError("the start law's log_prob has no derivative in x; expected torch operations on x")
-            (score,) = torch.autograd.grad(log_density.sum(), x)
-        parts.append(State(x.detach(), log_density.detach(), score, score))
+            (score,) = torch.autograd.grad(logs.sum(), x)
+        parts.append(State(x.detach(), logs.detach(), score, score))
     state = State(*(torch.cat(values) for values in zip(*parts, strict=True)))
     check_places(state.x, state.log_density, state.target, t, 0.0)
     return state

@@ -180,7 +180,7 @@ def gradient_flow(
 
 def double_well(dim: int = 1, barrier: float = 1.0, temperature: float = 0.5, horizon: float = 1.0) -> Problem:
     """V = barrier (x_1^2 - 1)^2 + (x_2^2 + ...) / 2; starts in the left well."""
-    _check(dim, barrier=barrier)
+    _check(dim, positive={"barrier": barrier})
 
     def potential(x: Tensor) -> Tensor:
         return barrier * (x[:, 0].square() - 1).square() + x[:, 1:].square().sum(1) / 2

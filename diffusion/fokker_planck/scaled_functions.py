@@ -77,6 +77,9 @@ class Together(TestFunctions):
     """The functions of several families, one after the other."""
 
     def __init__(self, *families: TestFunctions):
+        if not families or not all(isinstance(family, TestFunctions) for family in families):
+            kinds = [type(family).__name__ for family in families]
+            raise UserError(f"Together has {kinds}, expected one or more families of test functions")
         self.families = families
 
     @property

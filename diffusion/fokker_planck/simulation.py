@@ -10,6 +10,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from diffusion.errors import UserError
+from diffusion.fokker_planck.asking import shown
 from diffusion.fokker_planck.equation import FokkerPlanck, act
 from diffusion.fokker_planck.evolution import rising
 
@@ -93,8 +94,11 @@ def simulate(
 ) -> Tensor:
     """See FokkerPlanck.simulate."""
     times = rising(times)
-    if steps < 1:
-        raise UserError(f"simulate has steps={steps}, expected at least 1")
+    if not isinstance(steps, int) or steps < 1:
+        raise UserError(f"simulate has steps={steps}, expected a whole number of at least 1")
+    if not isinstance(x, Tensor) or x.dim() != 2 or not len(x) or not x.is_floating_point():
+        kind = f"{shown(x)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise UserError(f"paths start from {kind}, expected points (B, d), floating-point, one or more")
     if order not in SCHEMES:
         raise UserError(f"simulate has order={order}, expected a weak order of {' or '.join(map(str, SCHEMES))}")
     paths, halved = [x], _Halved(equation, x, order)

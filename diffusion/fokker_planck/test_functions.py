@@ -99,9 +99,9 @@ class RandomFourier(Scaled):
         cls, centre: Tensor, scale: Tensor, number: int, generator: torch.Generator, shortest: float, longest: float
     ) -> "RandomFourier":
         """As `adapted`, about a given centre and scale."""
-        if number < 1 or not 0 < shortest <= longest:
+        if not isinstance(number, int) or number < 1 or not 0 < shortest <= longest:
             got = f"number={number}, shortest={shortest} and longest={longest}"
-            raise UserError(f"random waves have {got}; expected at least 1 and 0 < shortest <= longest")
+            raise UserError(f"random waves have {got}; expected a whole number of 1 or more, 0 < shortest <= longest")
         options = {"generator": generator, "device": generator.device, "dtype": centre.dtype}
         wave = torch.randn(number, len(centre), **options)
         length = shortest * (longest / shortest) ** torch.rand(number, 1, **options)

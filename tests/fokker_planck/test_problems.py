@@ -158,7 +158,7 @@ def test_gradient_flow_moves_down_the_potential():
         ("double_well", {"temperature": 0}, "temperature is 0, expected a positive number"),
         ("double_well", {"dim": 0}, "dim is 0, expected a whole number, 1 or more"),
         ("double_well", {"dim": 2.0}, "dim is 2.0, expected a whole number"),
-        ("double_well", {"barrier": "high"}, "barrier is 'high', expected a number"),
+        ("double_well", {"barrier": "high"}, "barrier is 'high', expected a positive number"),
         ("banana", {"bend": None}, "bend is None, expected a number"),
         ("banana", {"temperature": math.nan}, "temperature is nan, expected a positive number"),
         ("ratchet", {"temperature": -1.0}, "temperature is -1.0, expected a positive number"),

@@ -9,7 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion.fokker_planck import FokkerPlanck, GalerkinSolver, GridSolver, Legendre, ParticleSolver, problems, runs
+from diffusion.fokker_planck import (
+    FokkerPlanck,
+    GalerkinSolver,
+    GridSolver,
+    Legendre,
+    ParticleSolver,
+    fit,
+    problems,
+    runs,
+)
+from diffusion.fokker_planck import test_functions as families
 from diffusion.fokker_planck.laws import gaussian
 from diffusion.fokker_planck.pictures import save_picture
 
@@ -212,6 +222,23 @@ ODD = {
     "bases": (lambda: GalerkinSolver(OU.equation, 3), "bases is 3"),
     "interval": (lambda: Legendre(10, "a", 2), "from 'a' to 2"),
     "particles": (lambda: ParticleSolver(lambda x, t: -x), "expected a FokkerPlanck"),
+    "no start": (lambda: ParticleSolver(OU.equation).solve(None, TIMES, 100), "the start is NoneType, and draws"),
+    "point": (lambda: ParticleSolver(OU.equation).solve(gaussian(0.0, 0.0), TIMES, 100), "draws from it fail"),
+    "half steps": (lambda: ParticleSolver(OU.equation).solve(OU.start, TIMES, 100, 1.5), "steps=1.5"),
+    "simulated steps": (lambda: OU.equation.simulate(torch.zeros(3, 1), TIMES, 1.5), "steps=1.5"),
+    "whole numbers": (lambda: OU.equation.simulate(torch.zeros(3, 1).long(), TIMES), "torch.int64"),
+    "nowhere": (lambda: OU.equation.simulate(torch.zeros(0, 1), TIMES), "shape (0, 1)"),
+    "no families": (lambda: families.Together(), "Together has []"),
+    "waves": (
+        lambda: families.RandomFourier.adapted(torch.randn(2, 9, 1), 1.5, torch.Generator()),
+        "number=1.5",
+    ),
+    "no list": (lambda: fit(torch.randn(2, 9, 1), [0, 1], lambda x, t: x, [], None), "expected a list of functions"),
+    "known": (
+        lambda: fit(torch.randn(2, 9, 1), [0, 1], [lambda x, t: x], [], None, known=lambda x, t: x),
+        "expected a FokkerPlanck",
+    ),
+    "barrier": (lambda: problems.double_well(barrier=-1.0), "barrier is -1.0, expected a positive number"),
 }
 
 
