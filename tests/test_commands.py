@@ -290,7 +290,7 @@ BAD_COMMANDS = [
     ("fokker_planck", ["problem=nonsense"], "banana double_well"),
     ("fokker_planck", ["problem=own"], "problem._target_ is missing; give problem._target_="),
     ("fokker_planck", ["problem.temperature=-1"], "temperature is -1"),
-    ("fokker_planck", ["problem.barrier=abc"], "barrier is 'abc', expected a number"),
+    ("fokker_planck", ["problem.barrier=abc"], "barrier is 'abc', expected a positive number"),
     ("fokker_planck", ["problem.dim=4"], "4 coordinates"),
     ("fokker_planck", ["problem.dim=4", "solver=galerkin"], "4 coordinates, test functions are for 1, 2 or 3"),
     ("fokker_planck", ["solver.cells=2"], "cells is 2, expected at least 3"),
