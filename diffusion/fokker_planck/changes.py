@@ -24,10 +24,8 @@ def turning_times(equation: FokkerPlanck, points: Tensor, start: float, stop: fl
     some = points[order.to(points.device)]
     times = torch.linspace(start, stop, MOMENTS + 2, dtype=torch.float64)[1:-1]
     moved = torch.zeros(MOMENTS - 1, dtype=torch.float64)
-    with torch.no_grad():
-        found = equation.over(some, times.tolist())
-    for values in found:
-        course = values.reshape(MOMENTS, -1)
+    for values in equation.over(some, times.tolist()):  # not under no_grad: a drift may be a derivative by autograd
+        course = values.detach().reshape(MOMENTS, -1)
         low, high = course.aminmax(dim=0)
         size = float(torch.maximum(high.max(), -low.min()))
         changing = high - low > ROUNDING * size

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusion.errors import UserError
 from diffusion.fokker_planck.bases import MOST, Legendre
 from diffusion.fokker_planck.evolution import Evolution
+from diffusion.fokker_planck.observables import BEYOND
 from diffusion.fokker_planck.products import Product, along
 from diffusion.fokker_planck.weak_form import Tilt
 
@@ -19,7 +20,6 @@ COARSE = 1e-4  # L1 size of the last coefficients above which the expansion has 
 AT_ENDS = 1e-4  # density times length at the ends of a period that the equation does not have
 SWING = 0.01  # share of what drives the density, by which it may be missed between nodes
 LOOKED_AT = 32  # places
-BEYOND = 1e-3  # of the mass, that would be beyond a wall
 BEYOND_BY_SAMPLES = 0.1  # where the start is of samples, which are never so smooth
 TINY = 1e-300
 

@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -198,11 +198,6 @@ class GalerkinSolver(WeakSolver):
         device: torch.device | str | None = None,
     ):
         self.equation, self.symmetrised, self.lost = checked(equation), symmetrised, lost
-        bases = [bases] if isinstance(bases, Basis) else list(bases) if isinstance(bases, Iterable) else bases
-        if not isinstance(bases, list) or not all(isinstance(basis, Basis) for basis in bases):
-            raise UserError(
-                f"bases is {bases!r}, expected bases such as Hermite(32, 0.0, 1.0), one for each coordinate"
-            )
         self.product = Product(bases, keep, device)
 
     def matrix(self, time: float = 0.0) -> Tensor:

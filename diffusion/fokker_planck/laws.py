@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import UserError
+from diffusion.fokker_planck.asking import shown
 
 
 class Law(Protocol):
@@ -33,8 +34,7 @@ def log_density(law: Law, x: Tensor, name: str = "start") -> Tensor:
     except (RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"{name}.log_prob(x) fails for x {tuple(x.shape)}: {str(error).splitlines()[0]}") from error
     if not isinstance(values, Tensor) or tuple(values.shape) != (len(x),):
-        shown = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise UserError(f"{name}.log_prob(x) gives {shown} for x {tuple(x.shape)}, expected {(len(x),)}")
+        raise UserError(f"{name}.log_prob(x) gives {shown(values)} for x {tuple(x.shape)}, expected {(len(x),)}")
     return values.to(x)
 
 

@@ -280,9 +280,8 @@ def _beginning(start: Law, number: int, t: float, device: torch.device, generato
         try:
             x = start.sample(min(CHUNK, number - first), generator).to(device, torch.float64).requires_grad_()
         except (AttributeError, RuntimeError, TypeError) as error:
-            raise UserError(
-                f"the start is {type(start).__name__}, and draws from it fail: {str(error).splitlines()[0]}"
-            ) from error
+            reason = str(error).splitlines()[0]
+            raise UserError(f"draws from the start, {type(start).__name__}, fail: {reason}") from error
         with torch.enable_grad():
             logs = log_density(start, x)
             if not logs.requires_grad:

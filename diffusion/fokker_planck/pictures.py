@@ -56,11 +56,9 @@ def _draw_lines(axes, run: Run, chosen: list[int]) -> None:
     for k in chosen:
         label = f"t = {float(run.times[k]):.3g}"
         if isinstance(run.picture, Cloud):
-            x, v = (values[k, :, 0].numpy() for values in run.picture)
-            mass, edges = np.histogram(x, bins=BINS)
-            flow, _ = np.histogram(x, bins=edges, weights=v)
-            for axes, heights in ((left, mass), (right, flow)):
-                axes.stairs(heights / (len(x) * np.diff(edges)), edges, label=label)
+            edges, density, current = histograms(*(values[k, :, 0].numpy() for values in run.picture))
+            left.stairs(density, edges, label=label)
+            right.stairs(current, edges, label=label)
             continue
         (x,), density, current = run.picture
         left.plot(x.numpy(), density[k].numpy(), label=label)
@@ -72,6 +70,14 @@ def _draw_lines(axes, run: Run, chosen: list[int]) -> None:
     left.set(title="density", xlabel="x")
     right.set(title="current", xlabel="x")
     left.legend()
+
+
+def histograms(x: np.ndarray, velocity: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Edges of bins, and the density and the current of particles (N,) in them."""
+    mass, edges = np.histogram(x, bins=BINS)
+    flow, _ = np.histogram(x, bins=edges, weights=velocity)
+    share = 1 / (len(x) * np.diff(edges))
+    return edges, share * mass, share * flow
 
 
 def _draw_map(axes, run: Run, k: int) -> None:

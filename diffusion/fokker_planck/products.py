@@ -1,7 +1,7 @@
 """Products of bases in one, two and three coordinates: every map acts on one axis at a time."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 
 import torch
@@ -59,8 +59,9 @@ class Product:
     """
 
     def __init__(self, bases: Sequence[Basis], keep: Tensor | None = None, device: torch.device | str | None = None):
-        self.bases, self.device = tuple(bases), device
-        if not 1 <= len(self.bases) <= 3 or not all(isinstance(basis, Basis) for basis in self.bases):
+        bases = tuple(bases) if isinstance(bases, Iterable) else (bases,)
+        self.bases, self.device = bases, device
+        if not 1 <= len(bases) <= 3 or not all(isinstance(basis, Basis) for basis in bases):
             raise UserError(
                 f"bases are {list(bases)!r}, expected one of Hermite, Fourier, Legendre for 1 to 3 coordinates"
             )

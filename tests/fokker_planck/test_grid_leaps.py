@@ -134,6 +134,35 @@ def test_a_push_in_a_small_place_is_not_passed_over(start, width, galerkin):
     assert float((now - then).abs().mean()) < 1e-6 < 1e-2 < float((now - told_without(solver, law)).abs().mean())
 
 
+def test_pushes_in_two_places_at_two_times_are_both_seen():
+    def drift(x, t):
+        on = ((t > 0.3) & (t < 0.32)).to(x) * bump(x[:, 0] + 1) + ((t > 0.7) & (t < 0.72)).to(x) * bump(x[:, 0] - 1)
+        return -x + 40 * on[:, None]
+
+    solver, law = GridSolver(FokkerPlanck(drift, 0.7), [(-4, 4)], 128), gaussian(0.0, 0.7)
+    found, told = (solver.solve(law, times).density[-1] for times in ([0.0, 1.0], [0.0, 0.3, 0.32, 0.7, 0.72, 1.0]))
+    assert float((found - told).abs().mean()) < 1e-6
+
+
+@pytest.mark.parametrize("galerkin", [False, True], ids=["grid", "galerkin"])
+def test_a_drift_that_is_a_derivative_by_autograd(galerkin):
+    def drift(x, t):
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad((x.square().sum(1) * (1 + 0.5 * torch.sin(5 * t))).sum() / 2, x)
+        return -slope
+
+    def closed(x, t):
+        return -x * (1 + 0.5 * torch.sin(5 * t))[:, None]
+
+    law, ends = gaussian(0.3, 0.4), []
+    for function in (drift, closed):
+        equation = FokkerPlanck(function, 1.0)
+        solver = GalerkinSolver(equation, Fourier(61, -4, 4)) if galerkin else GridSolver(equation, [(-4, 4)], 64)
+        solution = solver.solve(law, [0.0, 1.0])
+        ends.append(solution.values[-1] if galerkin else solution.density[-1])
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-8)
+
+
 def told_without(solver, law):
     """The density without the push."""
     equation = FokkerPlanck(lambda x, t: -x, 0.7)

@@ -5,6 +5,7 @@ import json
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,7 +22,7 @@ from diffusion.fokker_planck import (
 )
 from diffusion.fokker_planck import test_functions as families
 from diffusion.fokker_planck.laws import gaussian
-from diffusion.fokker_planck.pictures import save_picture
+from diffusion.fokker_planck.pictures import histograms, save_picture
 
 TIMES = [0.0, 0.3, 0.6]
 
@@ -197,6 +198,9 @@ def test_currents_of_particles_are_drawn(tmp_path):
     problem = problems.Problem(equation, gaussian(0.0, 0.3), ((-9.0, 9.0),), 0.5)
     run = runs.Particles(400, 4, SMALL)(problem, [0.0, 0.5])
     torch.testing.assert_close(run.picture.velocities, 2 + 0 * run.picture.places, atol=1e-3, rtol=0)
+    edges, density, current = histograms(*(values[-1, :, 0].numpy() for values in run.picture))
+    assert float(density @ np.diff(edges)) == pytest.approx(1.0)
+    np.testing.assert_allclose(current, 2 * density, rtol=1e-3, atol=1e-12)
     with Image.open(save_picture(run, tmp_path / "density.png")) as image:
         assert image.size[0] > 1000
 
@@ -219,11 +223,14 @@ ODD = {
     "start number": (lambda: runs.Grid(40)(dataclasses.replace(OU, start=Odd(1.0)), TIMES), "start.log_prob(x) gives"),
     "no time": (lambda: runs.Grid(40)(OU, [0.0, 1e-320]), "expected rising finite numbers"),
     "grid": (lambda: GridSolver(None, [(0, 1)]), "the equation is NoneType"),
-    "bases": (lambda: GalerkinSolver(OU.equation, 3), "bases is 3"),
+    "bases": (lambda: GalerkinSolver(OU.equation, 3), "bases are [3], expected one of Hermite"),
     "interval": (lambda: Legendre(10, "a", 2), "from 'a' to 2"),
     "particles": (lambda: ParticleSolver(lambda x, t: -x), "expected a FokkerPlanck"),
-    "no start": (lambda: ParticleSolver(OU.equation).solve(None, TIMES, 100), "the start is NoneType, and draws"),
-    "point": (lambda: ParticleSolver(OU.equation).solve(gaussian(0.0, 0.0), TIMES, 100), "draws from it fail"),
+    "no start": (lambda: ParticleSolver(OU.equation).solve(None, TIMES, 100), "draws from the start, NoneType, fail"),
+    "point": (
+        lambda: ParticleSolver(OU.equation).solve(gaussian(0.0, 0.0), TIMES, 100),
+        "draws from the start, GaussianMixture, fail",
+    ),
     "half steps": (lambda: ParticleSolver(OU.equation).solve(OU.start, TIMES, 100, 1.5), "steps=1.5"),
     "simulated steps": (lambda: OU.equation.simulate(torch.zeros(3, 1), TIMES, 1.5), "steps=1.5"),
     "whole numbers": (lambda: OU.equation.simulate(torch.zeros(3, 1).long(), TIMES), "torch.int64"),

@@ -306,3 +306,10 @@ def test_a_drift_that_swings_between_the_times_is_named(waves, said):
         warnings.simplefilter("always")
         weak_residual(x, TIMES, drift, problem.equation.diffusion, smooth(x))
     assert any("between the times the drift is" in str(one.message) for one in found) == said
+
+
+def test_a_drift_that_is_known_at_the_times_of_the_samples_only():
+    problem = turned()
+    known = {time: -1.0 for time in TIMES}
+    x = draws(problem, 300)
+    weak_residual(x, TIMES, lambda x, t: known[float(t[0])] * x, problem.equation.diffusion, smooth(x))
