@@ -21,9 +21,8 @@ POINTS = 4  # of Gauss' rule between two centres
 STEEPEST = 700.0  # largest difference of psi between two centres: less noise than that is as good as none
 THINNEST = 1e-3  # least ratio of the eigenvalues of a full matrix, in units of cells
 TINY = 1e-300
-BENT, SMALL = 0.1, 1e-8  # share of a slope, and slope, by which it may bend along a line, or
-LEAP = 1.1  # mean of D over its harmonic mean, up to which lines are not looked at in
-PARTS = 16  # parts,
+BENT, SMALL = 0.1, 1e-8  # share of a slope, and slope, by which it may bend along a line; if it does, it is in
+PARTS = 16  # parts that it is looked at,
 FEW, MANY = 8, 1 / 8  # lines, or share of them, at most
 LESS = 30.0  # times less noise at a centre than around it is no noise of the cell
 
@@ -84,7 +83,7 @@ class Lines(NamedTuple):
         usual: the harmonic mean of D.
         thin: D below which there is as good as no noise.
         swing: by how much the slope of phi bends, next to itself and 1.
-        rough: whether it bends, or D changes, so much that more points are to be looked at.
+        rough: whether it bends so much that more points are to be looked at.
     """
 
     w: Array
@@ -197,8 +196,7 @@ class Axes:
         if rule is not self.rule:
             return lines
         bend, size = _bend(slope), xp.amax(abs(slope), -1)
-        rough = (bend > BENT * size + SMALL) | (d @ weights > LEAP * usual)
-        return lines._replace(swing=bend / (1 + size), rough=rough)
+        return lines._replace(swing=bend / (1 + size), rough=bend > BENT * size + SMALL)
 
 
 class Matrix:

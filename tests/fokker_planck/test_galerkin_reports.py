@@ -148,6 +148,18 @@ def test_mass_carried_to_a_wall_is_said(push, bases, where):
     assert len([one for one in found if "wall of" in str(one.message)]) == 1
 
 
+@pytest.mark.parametrize(
+    ("push", "low", "time"), [(2.0, -4.0, 1.0), (2.0, -4.0, 0.7), (1.0, -4.0, 2.0), (0.0, -9.0, 3.0)]
+)
+def test_how_much_is_said_to_be_beyond_a_wall_on_the_way(push, low, time):
+    """Without the wall a Gaussian of mean push t and variance 0.36 + t: half as much again to twice that, or spread."""
+    with pytest.warns(UserWarning, match="wall of axis 0 at 3") as found:
+        pushed(push, [Legendre(64, low, 3.0)], time)
+    said = float(str(found[-1].message).split("about ")[1].split(" ")[0])
+    free = math.erfc((3 - push * time) / math.sqrt(2 * (0.36 + time))) / 2
+    assert free < said < (2.5 if push else 8) * free
+
+
 @pytest.mark.parametrize("half", [1.5, 2.0, 2.5, 3.0, 3.5])
 @pytest.mark.parametrize("solver", ["legendre", "grid", "coarse grid"])
 def test_mass_that_walls_keep_from_leaving_is_said_though_the_drift_leads_inward(solver, half):

@@ -254,6 +254,22 @@ def told_of_times(times, number, rows, drifts):
     return len([one for one in found if "the integrals over" in str(one.message)])
 
 
+def test_what_is_said_of_times_is_what_the_weak_form_says():
+    """With one moment of time the residuals, and what leaving out times does to them, are those of `weak_residual`."""
+    problem, g = problems.ornstein_uhlenbeck(1, start=problems.gaussian(1.0, 0.5)), randomness()
+    times = [0.0, 0.5, 1.0, 1.5, 2.0]
+    x = torch.stack([problem.law_at(t).sample(10_000, g) for t in times])
+    functions = waves(x, 24)
+    objective, data = WeakMatching(x, times, functions, noise, time_moments=1), paired(x).values.double()
+    with pytest.warns(UserWarning, match="the integrals over 5 times may be off") as found:
+        for _ in range(200):
+            objective(right, Batch(data[torch.randint(len(data), (256,), generator=g)], None, g))
+    said = float(str(found[-1].message).split("off by ")[1].split(" ")[0])
+    with pytest.warns(UserWarning, match="5 times may be off"):
+        share = weak_residual(x, times, right, noise, functions).quadrature_share
+    assert said == pytest.approx(share, rel=0.25)
+
+
 def right(x, t):
     return -x
 

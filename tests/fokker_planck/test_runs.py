@@ -157,6 +157,7 @@ def test_densities_between_two_cells(axis):
     torch.testing.assert_close(found(wave, True), (math.tau * middle / 12).sin(), rtol=0, atol=0.002)
 
 
+OU = problems.ornstein_uhlenbeck()
 SMALL = {"hidden": [16], "draws": 500}
 
 
@@ -205,6 +206,16 @@ def test_currents_of_particles_are_drawn(tmp_path):
         assert image.size[0] > 1000
 
 
+def test_velocities_of_particles_are_those_of_the_probability_flow():
+    """v = -x - score, and the score is that of the exact Gaussian."""
+    run = runs.Particles(800, 40, SMALL)(OU, [0.0, 1.0])
+    law, x = OU.law_at(1.0), run.picture.places[-1]
+    exact = -x + (x - law.mean) / law.covariance[0, 0]
+    assert float((run.picture.velocities[-1] - exact).square().mean().sqrt()) < 0.1 * float(
+        exact.square().mean().sqrt()
+    )
+
+
 class Odd:
     def __init__(self, found):
         self.found = found
@@ -215,7 +226,6 @@ class Odd:
         return self.found
 
 
-OU = problems.ornstein_uhlenbeck()
 ODD = {
     "equation": (lambda: dataclasses.replace(OU, equation=None), "equation=NoneType, expected a FokkerPlanck"),
     "no law": (lambda: runs.Grid(40)(dataclasses.replace(OU, law_at=lambda t: 3), TIMES), "law_at(0) is int"),
